@@ -1,0 +1,49 @@
+# Each verb sets up what it needs: a virtual environment in .venv, from pyproject.toml.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+MERGE  := tests/data/TidePool-4x4M-v1
+DEMO   := build/demo/TidePool-4x4M-v1-Q4_K_M.gguf
+
+.PHONY: help setup demo test test-long bench lint format golden clean
+
+help:
+	@echo "setup  demo  test  test-long  bench  lint  format  golden  clean"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "gguf-moe needs Python 3.10 or newer, this is %s; try make PYTHON=python3.12" % sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: setup  ## convert the bundled merge to 4 bits and look at the file
+	mkdir -p $(dir $(DEMO))
+	$(BIN)/gguf-moe convert $(MERGE) --bits 4 --force -o $(DEMO)
+	$(BIN)/gguf-moe inspect $(DEMO)
+
+test: setup  ## the fast tests
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: setup  ## the tests that take minutes
+	$(BIN)/python -m pytest -m long
+
+bench: setup  ## the codecs beside ggml, one core
+	$(BIN)/python tests/bench/bench_codecs.py
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+golden: setup  ## make the logits of transformers anew (needs torch and transformers)
+	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers
+	$(BIN)/python tests/tools/make_transformers_golden.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

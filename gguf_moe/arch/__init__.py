@@ -1,0 +1,31 @@
+"""Model families, one a file. A new one is its file and its line in `ARCHITECTURES`."""
+
+from __future__ import annotations
+
+from gguf_moe.arch import llama
+from gguf_moe.arch.base import Architecture, Fused, ModelFacts, Template
+from gguf_moe.checkpoint import Config
+from gguf_moe.errors import GgufMoeError
+
+__all__ = ["ARCHITECTURES", "Architecture", "Fused", "ModelFacts", "Template", "find_architecture"]
+
+ARCHITECTURES: dict[str, Architecture] = {
+    name: family for family in (llama.ARCHITECTURE,) for name in family.hf_names
+}
+
+
+def find_architecture(config: Config) -> Architecture:
+    """The family of the checkpoint; GgufMoeError with the supported ones when there is none."""
+    names = config.values.get("architectures")
+    name = names[0] if isinstance(names, list) and names else None
+    if name not in ARCHITECTURES:
+        raise GgufMoeError(
+            f"{config.path}: architecture {name!r} is not supported, expected {' or '.join(ARCHITECTURES)}"
+        )
+    if config.values.get("quantization_config"):
+        method = config.values["quantization_config"]
+        method = method.get("quant_method", "unknown method") if isinstance(method, dict) else method
+        raise GgufMoeError(
+            f"{config.path}: the checkpoint is already quantized ({method}); convert the bf16, f16 or f32 original"
+        )
+    return ARCHITECTURES[name]

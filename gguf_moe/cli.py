@@ -1,0 +1,120 @@
+"""The command line: parse, call one function, print. Tables go to stdout, progress and warnings to stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+import quant
+from gguf_moe import __version__, report
+from gguf_moe.checkpoint import open_checkpoint
+from gguf_moe.convert import Progress, check_target
+from gguf_moe.convert import convert as run_plan
+from gguf_moe.errors import GgufMoeError, UsageError
+from gguf_moe.gguf_file import read_gguf
+from gguf_moe.plan import make_plan
+from gguf_moe.recipe import BITS, FileType, find_file_type
+
+PLAIN_STEPS = 10  # progress lines where there is no terminal
+
+
+class _Group(click.Group):
+    """Commands whose expected errors become one line and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except GgufMoeError as error:
+            click.echo(f"gguf-moe: {report.printable(str(error))}", err=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message=f"gguf-moe %(version)s (codecs: {quant.backend()})")
+def cli() -> None:
+    """Convert merged mixtures of experts to GGUF files, with the bytes that llama.cpp would have written."""
+
+
+@cli.command()
+@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.option("--bits", type=click.Choice([str(b) for b in BITS]), help="Bits a weight; short for a usual --quant.")
+@click.option("--quant", "quant_name", metavar="NAME", help="A file type of llama.cpp, as Q4_K_M or BF16, in any case.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or directory; by default beside MODEL_DIR.")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--dry-run", is_flag=True, help="Print the plan, tensor by tensor, and write nothing.")
+def convert(
+    model_dir: Path, bits: str | None, quant_name: str | None, output: Path | None, force: bool, dry_run: bool
+) -> None:
+    """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
+    plan = make_plan(open_checkpoint(model_dir), _asked_file_type(bits, quant_name))
+    target = output or model_dir.resolve().parent
+    if target.is_dir():
+        target = target / plan.default_name
+    for warning in plan.warnings:
+        click.echo(f"gguf-moe: warning: {report.printable(warning)}", err=True)
+    if dry_run:
+        click.echo(report.plan_text(plan))
+        click.echo(f"would be written to {target}")
+        return
+    check_target(plan, target, force=force)
+    started = time.monotonic()
+    with _progress(plan.data_bytes) as show:
+        run_plan(plan, target, force=force, on_progress=show)
+    click.echo(report.plan_summary(plan))
+    click.echo(f"{target} written in {time.monotonic() - started:.1f} seconds")
+
+
+@cli.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--tensors", is_flag=True, help="List the tensors too.")
+@click.option("--json", "as_json", is_flag=True, help="Everything as JSON, for programs.")
+def inspect(file: Path, tensors: bool, as_json: bool) -> None:
+    """Show metadata, experts, types and bits per weight of a GGUF FILE."""
+    facts = report.gguf_facts(read_gguf(file))
+    click.echo(json.dumps(facts, indent=1) if as_json else report.gguf_text(facts, tensors=tensors))
+
+
+def _asked_file_type(bits: str | None, name: str | None) -> FileType:
+    if (bits is None) == (name is None):
+        raise UsageError("give either --bits or --quant")
+    return find_file_type(name if name is not None else BITS[int(bits or 0)])
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a line for every tenth otherwise."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+
+            def advance(progress: Progress) -> None:
+                bar.set_postfix_str(progress.tensor, refresh=False)
+                bar.update(progress.done - bar.n)
+
+            yield advance
+        return
+    shown = 0
+
+    def line(progress: Progress) -> None:
+        nonlocal shown
+        if (step := PLAIN_STEPS * progress.done // progress.total) > shown:
+            shown = step
+            click.echo(f"{100 * step // PLAIN_STEPS} % written, at {progress.tensor}", err=True)
+
+    yield line
+
+
+def main() -> None:
+    """Entry point. A polite kill unwinds like Ctrl-C, so that no temporary file stays."""
+    logging.basicConfig(level=logging.ERROR)  # the gguf package warns of what we have checked ourselves
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    cli(prog_name="gguf-moe")

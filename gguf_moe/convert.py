@@ -1,0 +1,132 @@
+"""Run a plan: read rows, encode, write at their offsets, publish the whole file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+import quant
+from gguf_moe.checkpoint import SOURCE_DTYPES, SourceTensor
+from gguf_moe.errors import GgufMoeError
+from gguf_moe.gguf_file import padded, publish
+from gguf_moe.mapping import Slab
+from gguf_moe.plan import Plan, TensorPlan
+
+# Weights encoded at once: large enough to make the Python around a piece cheap, small enough to bound memory.
+PIECE_WEIGHTS = 1 << 20
+
+# Exponent bits all set: infinity or NaN, whatever the mantissa.
+_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a conversion is, in bytes of the output's tensor data."""
+
+    tensor: str
+    done: int
+    total: int
+
+
+def convert(
+    plan: Plan,
+    path: Path,
+    *,
+    force: bool = False,
+    on_progress: Callable[[Progress], None] | None = None,
+) -> None:
+    """Write the planned file to `path`: whole, or not at all.
+
+    Raises GgufMoeError before writing when `path` exists (without `force`) or the disk lacks space, and while writing
+    for a weight that is not finite, or that its type cannot hold.
+    """
+    check_target(plan, path, force=force)
+    try:
+        with publish(path, plan.size) as file:
+            file.write(plan.header)
+            done = 0
+            for tensor in plan.tensors:
+                for nbytes in _write_tensor(file, len(plan.header), tensor):
+                    done += nbytes
+                    if on_progress:
+                        on_progress(Progress(tensor.info.name, done, plan.data_bytes))
+    except OSError as error:
+        raise GgufMoeError(f"{path}: cannot write: {error.strerror or error}") from None
+
+
+def check_target(plan: Plan, path: Path, *, force: bool) -> None:
+    """Refuse a target that must not or cannot be written."""
+    if not path.parent.is_dir():
+        raise GgufMoeError(f"{path}: directory {path.parent} does not exist")
+    if path.is_dir():
+        raise GgufMoeError(f"{path}: is a directory, expected a file name")
+    if path.exists() and not force:
+        raise GgufMoeError(f"{path}: exists; use --force to replace it")
+    sources = {slab.source.file for tensor in plan.tensors for slab in tensor.mapped.slabs}
+    if path.exists() and any(path.samefile(source) for source in sources):
+        raise GgufMoeError(f"{path}: is a file of the checkpoint itself")
+    free = shutil.disk_usage(path.parent).free
+    if free < plan.size:
+        raise GgufMoeError(f"{path}: needs {plan.size} bytes, but only {free} are free on that disk")
+
+
+def _write_tensor(file: BinaryIO, data_start: int, tensor: TensorPlan):
+    """Encode a tensor piece by piece into its place; yields the bytes of each piece when it is written."""
+    columns = tensor.mapped.shape[-1]
+    rows_at_once = max(1, PIECE_WEIGHTS // columns)
+    file.seek(data_start + tensor.info.offset)
+    for slab in tensor.mapped.slabs:
+        matrix = slab.source.matrix()
+        for start in range(0, slab.rows, rows_at_once):
+            rows = slab.read(matrix, start, min(start + rows_at_once, slab.rows))
+            _check_finite(rows, slab, start)
+            encoded = quant.quantize(rows, tensor.info.type, dtype=SOURCE_DTYPES[slab.source.dtype][1])
+            _check_scales(encoded, tensor, slab, start)
+            file.write(encoded.data)
+            yield encoded.nbytes
+    file.write(bytes(padded(tensor.info.nbytes) - tensor.info.nbytes))
+
+
+def _check_finite(rows: np.ndarray, slab: Slab, start: int) -> None:
+    """Refuse NaN and infinity, which no block can hold, by the place in the source."""
+    kind, mask = _EXPONENTS[slab.source.dtype]
+    bad = (rows.view(kind) & kind(mask)) == mask
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        place = slab.source_row(start + int(row)), int(column)
+        value = "NaN" if np.isnan(_float(rows[row, column], slab.source)) else "infinity"
+        raise GgufMoeError(f"{_where(slab.source)} holds {value} at {_index(slab.source, *place)}; mend the checkpoint")
+
+
+def _check_scales(encoded: np.ndarray, tensor: TensorPlan, slab: Slab, start: int) -> None:
+    """Refuse what llama.cpp refuses: weights so large that the type's F16 numbers overflow."""
+    block = quant.first_nonfinite_scale(encoded, tensor.info.type)
+    if block is None:
+        return
+    columns = tensor.mapped.shape[-1]
+    row, column = divmod(block * quant.FORMATS[tensor.info.type].block_length, columns)
+    index = _index(slab.source, slab.source_row(start + row), column)
+    raise GgufMoeError(
+        f"{_where(slab.source)}: weights from {index} on are too large for {tensor.info.type}; choose BF16 or F32"
+    )
+
+
+def _float(bits: np.generic, source: SourceTensor) -> np.floating:
+    if source.dtype == "BF16":
+        return (np.uint32(bits) << np.uint32(16)).view(np.float32)
+    return bits
+
+
+def _where(source: SourceTensor) -> str:
+    return f"{source.file}: tensor {source.name}"
+
+
+def _index(source: SourceTensor, row: int, column: int) -> str:
+    """Row of the source matrix and column as an index of the source's own shape."""
+    leading = np.unravel_index(row, source.shape[:-1]) if len(source.shape) > 1 else ()
+    return str([*map(int, leading), column])

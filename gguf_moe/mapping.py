@@ -1,0 +1,223 @@
+"""From the tensors of a checkpoint to the tensors of a GGUF file: names, stacks, row order. Reads no weight.
+
+Every target tensor is a list of slabs, each a range of rows of one source matrix. That covers plain copies, experts
+stacked from many files, and experts cut out of fused tensors alike; whoever reads rows needs to know nothing else.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from gguf_moe.arch import Architecture, Fused, ModelFacts, Template
+from gguf_moe.checkpoint import Checkpoint, SourceTensor
+from gguf_moe.errors import GgufMoeError
+
+LISTED_NAMES = 8  # how many absent names an error spells out
+
+
+@dataclass(frozen=True)
+class Slab:
+    """`rows` rows of a source matrix, from `first_row`; with `rotary_heads`, in rotary order."""
+
+    source: SourceTensor
+    first_row: int
+    rows: int
+    rotary_heads: int | None = None
+
+    def read(self, matrix: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Rows [start, stop) of the slab out of its source's mapped `matrix`: a view, or a copy when reordered.
+
+        Rotary order: the checkpoint holds the two halves of each head one below the other, llama.cpp wants their
+        rows in turn: row 2r + s of a head is row s * size/2 + r of it (`LlamaModel.permute` of llama.cpp's converter).
+        """
+        if self.rotary_heads is None:
+            return matrix[self.first_row + start : self.first_row + stop]
+        return matrix[[self.source_row(row) for row in range(start, stop)]]
+
+    def source_row(self, row: int) -> int:
+        """The row of the source matrix that row `row` of the slab is."""
+        if self.rotary_heads is None:
+            return self.first_row + row
+        size = self.rows // self.rotary_heads
+        head, inside = divmod(row, size)
+        return self.first_row + head * size + inside % 2 * (size // 2) + inside // 2
+
+
+@dataclass(frozen=True)
+class MappedTensor:
+    """A tensor of the output, before its type is chosen. `shape` is row-major: [experts,] rows, columns."""
+
+    name: str
+    role: str
+    layer: int | None
+    shape: tuple[int, ...]
+    slabs: tuple[Slab, ...]
+
+    @property
+    def elements(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One source under the name that its template has: what llama.cpp's converter sees after unfusing."""
+
+    name: str
+    template: Template
+    layer: int | None
+    expert: int | None
+    slab: Slab
+
+
+def map_tensors(checkpoint: Checkpoint, architecture: Architecture, facts: ModelFacts) -> list[MappedTensor]:
+    """The output's tensors in the order in which llama.cpp's converter writes them.
+
+    That is: files by name, names inside a file in code point order (after unfusing), a stack of experts where the
+    last of its layer's expert matrices is met. Raises GgufMoeError naming whatever is absent, unknown or misshapen.
+    """
+    by_file = [list(_parts(tensors, architecture, facts, checkpoint)) for tensors in checkpoint.files.values()]
+    _check_complete([part for parts in by_file for part in parts], architecture, facts, checkpoint)
+    _check_one_layout(checkpoint, architecture)
+    stacked = [template for template in architecture.templates if template.stacked]
+    stacks: dict[int, dict[tuple[str, int], Slab]] = {}
+    mapped: list[MappedTensor] = []
+    for parts in by_file:
+        for part in sorted(parts, key=lambda p: p.name):
+            if part.expert is None:
+                mapped.append(_mapped(part.template, part.layer, [part.slab]))
+                continue
+            stack = stacks.setdefault(part.layer, {})
+            stack[part.template.source, part.expert] = part.slab
+            if len(stack) == len(stacked) * facts.experts:
+                for template in stacked:
+                    slabs = [stack[template.source, expert] for expert in range(facts.experts)]
+                    mapped.append(_mapped(template, part.layer, slabs))
+    return mapped
+
+
+def _mapped(template: Template, layer: int | None, slabs: list[Slab]) -> MappedTensor:
+    source = slabs[0].source
+    shape: tuple[int, ...] = (slabs[0].rows, source.columns)
+    if template.stacked:
+        shape = (len(slabs), *shape)
+    elif len(source.shape) == 1:
+        shape = source.shape
+    return MappedTensor(template.target.format(layer=layer), template.role, layer, shape, tuple(slabs))
+
+
+def _pattern(source: str) -> re.Pattern[str]:
+    pattern = re.escape(source).replace(r"\{layer\}", r"(?P<layer>0|[1-9]\d*)")
+    return re.compile(pattern.replace(r"\{expert\}", r"(?P<expert>0|[1-9]\d*)"))
+
+
+def _parts(
+    tensors: list[SourceTensor], architecture: Architecture, facts: ModelFacts, checkpoint: Checkpoint
+) -> Iterator[_Part]:
+    """The parts that the tensors of one file make, each checked for name, numbers and shape."""
+    templates = {t.source: t for t in architecture.templates}
+    known: list[tuple[re.Pattern[str], Template | Fused]] = [(_pattern(s), t) for s, t in templates.items()]
+    known += [(_pattern(alias), templates[source]) for alias, source in architecture.aliases]
+    known += [(_pattern(fused.source), fused) for fused in architecture.fused]
+    for tensor in tensors:
+        if tensor.name.endswith(architecture.ignored):
+            continue
+        found = next(((m, kind) for p, kind in known if (m := p.fullmatch(tensor.name))), None)
+        if found is None:
+            raise GgufMoeError(f"{tensor.file}: tensor {tensor.name} is unknown to architecture {architecture.name}")
+        match, kind = found
+        numbers = {key: int(value) for key, value in match.groupdict().items()}
+        _check_numbers(tensor, numbers, facts, checkpoint)
+        if isinstance(kind, Fused):
+            yield from _unfuse(tensor, kind, numbers["layer"], templates, facts)
+        else:
+            _check_shape(tensor, tuple(facts.size(name) for name in kind.shape))
+            slab = Slab(tensor, 0, tensor.shape[0] if len(tensor.shape) > 1 else 1, _heads(kind, facts))
+            name = kind.source.format(**numbers)
+            yield _Part(name, kind, numbers.get("layer"), numbers.get("expert"), slab)
+
+
+def _unfuse(
+    tensor: SourceTensor, fused: Fused, layer: int, templates: dict[str, Template], facts: ModelFacts
+) -> Iterator[_Part]:
+    """The expert matrices inside a fused tensor [experts, rows of all parts, columns], as slabs of its rows."""
+    shapes = [tuple(facts.size(name) for name in templates[part].shape) for part in fused.parts]
+    rows = sum(shape[0] for shape in shapes)
+    _check_shape(tensor, (facts.experts, rows, shapes[0][1]))
+    for expert in range(facts.experts):
+        first = expert * rows
+        for part, shape in zip(fused.parts, shapes):
+            template = templates[part]
+            slab = Slab(tensor, first, shape[0], _heads(template, facts))
+            yield _Part(part.format(layer=layer, expert=expert), template, layer, expert, slab)
+            first += shape[0]
+
+
+def _heads(template: Template, facts: ModelFacts) -> int | None:
+    return facts.size(template.rotary) if template.rotary else None
+
+
+def _check_numbers(tensor: SourceTensor, numbers: dict[str, int], facts: ModelFacts, checkpoint: Checkpoint) -> None:
+    for kind, key, count in (("layer", "num_hidden_layers", facts.layers), ("expert", "num_local_experts", facts.experts)):
+        if numbers.get(kind, 0) >= count:
+            raise GgufMoeError(
+                f"{tensor.file}: tensor {tensor.name} is of {kind} {numbers[kind]}, "
+                f"but {checkpoint.config.path.name} says {key} = {count}"
+            )
+
+
+def _check_shape(tensor: SourceTensor, expected: tuple[int, ...]) -> None:
+    if tensor.shape != expected:
+        raise GgufMoeError(
+            f"{tensor.file}: tensor {tensor.name} has shape {list(tensor.shape)}, expected {list(expected)} "
+            f"by config.json"
+        )
+
+
+def _check_complete(
+    parts: list[_Part], architecture: Architecture, facts: ModelFacts, checkpoint: Checkpoint
+) -> None:
+    """Every required tensor once; the error lists what is absent."""
+    counts = Counter(part.name for part in parts)
+    twice = next((name for name, count in counts.items() if count > 1), None)
+    if twice:
+        holders = sorted(p.slab.source.name for p in parts if p.name == twice)
+        raise GgufMoeError(f"{checkpoint.directory}: tensor {twice} is there twice, as {' and '.join(holders)}")
+    absent = []
+    for template in architecture.templates:
+        if not template.required:
+            continue
+        layers = range(facts.layers) if "{layer}" in template.source else [None]
+        experts = range(facts.experts) if template.stacked else [None]
+        names = [template.source.format(layer=layer, expert=expert) for layer in layers for expert in experts]
+        absent += [name for name in names if name not in counts]
+    if absent:
+        absent.sort()
+        listed = ", ".join(absent[:LISTED_NAMES])
+        more = f" and {len(absent) - LISTED_NAMES} more" if len(absent) > LISTED_NAMES else ""
+        raise GgufMoeError(
+            f"{checkpoint.directory}: {len(absent)} tensors are absent: {listed}{more} (config.json says "
+            f"{facts.layers} layers of {facts.experts} experts)"
+        )
+
+
+def _check_one_layout(checkpoint: Checkpoint, architecture: Architecture) -> None:
+    """Fused experts or one tensor an expert, not some of each: such a checkpoint was put together by accident."""
+    names = [tensor.name for tensors in checkpoint.files.values() for tensor in tensors]
+
+    def first(sources: list[str]) -> str | None:
+        patterns = [_pattern(source) for source in sources]
+        return next((name for name in names if any(p.fullmatch(name) for p in patterns)), None)
+
+    fused = first([f.source for f in architecture.fused])
+    single = first([t.source for t in architecture.templates if t.stacked])
+    if fused and single:
+        raise GgufMoeError(
+            f"{checkpoint.directory}: two expert layouts are mixed, {fused} (fused) and {single} (one an expert)"
+        )

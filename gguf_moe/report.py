@@ -1,0 +1,144 @@
+"""What plans and files look like to a person or to a program: text tables and JSON values. Prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import gguf
+
+from gguf_moe.gguf_file import GgufFile, TensorInfo
+from gguf_moe.plan import Plan
+
+SHOWN_ELEMENTS = 4  # of an array
+SHOWN_CHARACTERS = 100  # of a value
+
+
+def size_text(nbytes: int) -> str:
+    """Bytes with a decimal unit: 5.84 MB."""
+    value, unit = float(nbytes), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.2f} {unit}" if unit != "B" else f"{nbytes} B"
+
+
+def table(rows: Iterable[Sequence[object]], align: str) -> str:
+    """Columns separated by two spaces; `align` has `<` or `>` for each column."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = ("  ".join(f"{c:{a}{w}}" for c, a, w in zip(row, align, widths)).rstrip() for row in cells)
+    return "\n".join(lines)
+
+
+def dimensions(shape: Sequence[int]) -> str:
+    """A row-major shape as text: 4 x 512 x 256."""
+    return " x ".join(map(str, shape))
+
+
+def plan_text(plan: Plan) -> str:
+    """The dry run: every tensor, then the totals."""
+    rows: list[Sequence[object]] = [("tensor", "shape", "type", "bytes", "")]
+    for t in plan.tensors:
+        note = f"instead of {t.choice.wanted}" if t.choice.fell_back else ""
+        rows.append((t.info.name, dimensions(t.info.shape), t.info.type, t.info.nbytes, note))
+    return f"{table(rows, '<<<><')}\n\n{plan_summary(plan)}"
+
+
+def plan_summary(plan: Plan) -> str:
+    """One line: file type, tensors by type, weights, bytes, bits per weight."""
+    types = ", ".join(f"{name} ({count})" for name, count in plan.types.items())
+    return (
+        f"{plan.file_type.name}: {len(plan.tensors)} tensors as {types}; {plan.elements} weights in {plan.size} bytes "
+        f"({size_text(plan.size)}), {plan.bits_per_weight:.2f} bits per weight"
+    )
+
+
+def gguf_facts(file: GgufFile) -> dict[str, Any]:
+    """What `inspect --json` prints: sizes, experts, histogram of types, keys (long arrays by length), tensors."""
+    architecture = file.keys.get(gguf.Keys.General.ARCHITECTURE, "")
+    histogram: dict[str, dict[str, int]] = {}
+    for tensor in file.tensors:
+        entry = histogram.setdefault(tensor.type, {"tensors": 0, "weights": 0, "bytes": 0})
+        entry["tensors"] += 1
+        entry["weights"] += _elements(tensor)
+        entry["bytes"] += tensor.nbytes
+    weights = sum(entry["weights"] for entry in histogram.values())
+    nbytes = sum(entry["bytes"] for entry in histogram.values())
+    return {
+        "file": str(file.path),
+        "size_bytes": file.size,
+        "file_type": _file_type_name(file.keys.get(gguf.Keys.General.FILE_TYPE)),
+        "weights": weights,
+        "bits_per_weight": 8 * nbytes / weights if weights else None,
+        "experts": file.keys.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch=architecture), 0),
+        "experts_used": file.keys.get(gguf.Keys.LLM.EXPERT_USED_COUNT.format(arch=architecture), 0),
+        "types": dict(sorted(histogram.items(), key=lambda item: -item[1]["bytes"])),
+        "keys": {key: _short(value) for key, value in file.keys.items()},
+        "tensors": [
+            {"name": t.name, "type": t.type, "shape": list(t.shape), "bytes": t.nbytes, "offset": t.offset}
+            for t in file.tensors
+        ],
+    }
+
+
+def gguf_text(facts: dict[str, Any], *, tensors: bool) -> str:
+    """`gguf_facts` for a person; the tensors one by one on request."""
+    bits = facts["bits_per_weight"]
+    parts = [
+        f"{facts['file']}: {facts['file_type']}, {size_text(facts['size_bytes'])}, {facts['weights']} weights"
+        + (f", {bits:.2f} bits per weight" if bits is not None else ""),
+        f"experts: {facts['experts']}, of which {facts['experts_used']} are used for a token",
+    ]
+    if facts["types"]:
+        rows: list[Sequence[object]] = [("type", "tensors", "weights", "bytes", "share")]
+        total = sum(entry["bytes"] for entry in facts["types"].values())
+        for name, entry in facts["types"].items():
+            share = f"{100 * entry['bytes'] / total:.1f} %" if total else "-"
+            rows.append((name, entry["tensors"], entry["weights"], entry["bytes"], share))
+        parts.append(table(rows, "<>>>>"))
+    parts.append(table([(printable(key), _value_text(value)) for key, value in facts["keys"].items()], "<<"))
+    if tensors:
+        rows = [("tensor", "shape", "type", "bytes")]
+        rows += [(printable(t["name"]), dimensions(t["shape"]), t["type"], t["bytes"]) for t in facts["tensors"]]
+        parts.append(table(rows, "<<<>"))
+    return "\n\n".join(parts)
+
+
+def printable(text: str) -> str:
+    """Text from a file with everything escaped that a terminal could take for a command."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _elements(tensor: TensorInfo) -> int:
+    count = 1
+    for n in tensor.shape:
+        count *= n
+    return count
+
+
+def _file_type_name(number: Any) -> str:
+    try:
+        return gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return "unknown file type" if number is None else f"file type {number}"
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > 4 * SHOWN_ELEMENTS:
+        return {"length": len(value), "first": value[:SHOWN_ELEMENTS]}
+    return value
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, dict):
+        text = f"{value['length']} elements, the first {', '.join(map(str, value['first']))}"
+    elif isinstance(value, list):
+        text = ", ".join(map(str, value))
+    elif isinstance(value, float):
+        text = f"{value:g}"
+    else:
+        text = str(value)
+    text = printable(text)
+    return text if len(text) <= SHOWN_CHARACTERS else text[: SHOWN_CHARACTERS - 3] + "..."

@@ -1,0 +1,134 @@
+"""Block codecs of GGUF files: the bytes of ggml's quantization formats from float weights, and back. NumPy only.
+
+`quantize` gives ggml's own bytes for every block, `dequantize` its float32 bits. Both work in pieces that fit the
+processor's cache; neither result depends on the size of the pieces, on strides or on threads. Thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from .backend import backend, decoder, encoder
+from .floats import from_bf16
+from .formats import FORMATS, Format, format_named
+
+__all__ = ["FORMATS", "Format", "backend", "dequantize", "first_nonfinite_scale", "quantize"]
+
+PIECE = 1 << 17  # weights encoded at a time: few enough for the caches, enough to hide the cost of a NumPy call
+
+
+def quantize(x: np.ndarray, fmt: str, importance: np.ndarray | None = None, *, dtype: str | None = None) -> np.ndarray:
+    """Encode weights.
+
+    x: float32 or float16 [..., columns], any strides, may be read-only; or uint16 bit patterns with dtype="bf16".
+    fmt: a name in FORMATS, any case. importance: not available yet, must be None.
+    Returns uint8 [..., row bytes], rows without padding.
+
+    Nothing is clamped: a scale may overflow to infinity, see `first_nonfinite_scale`.
+    TypeError: the dtype of x. ValueError: unknown format or dtype name, no column axis, columns that are not a
+    multiple of the block length. NotImplementedError: importance given.
+    """
+    form = format_named(fmt)
+    if importance is not None:
+        raise NotImplementedError(f"{form.name}: importance-weighted encoding is not available yet")
+    x = np.asarray(x)
+    _check_dtype(x, dtype)
+    if x.ndim == 0:
+        raise ValueError(f"{form.name}: expected an array [..., columns], got a scalar")
+    form.row_bytes(x.shape[-1])
+    n = form.block_length
+    out = np.empty((*x.shape[:-1], x.shape[-1] // n), form.dtype)
+    encode = encoder(form.name)
+    with np.errstate(all="ignore"):  # overflow, inf and NaN take the course ggml gives them
+        for source, target in _pieces(x, out, n):
+            blocks = _widen(source, dtype).reshape(-1, n)  # [blocks, n]
+            target[...] = encode(blocks, None).reshape(target.shape)
+    return _as_bytes(out)
+
+
+def dequantize(data: np.ndarray, fmt: str) -> np.ndarray:
+    """Decode blocks: uint8 [..., row bytes], any strides, to float32 [..., columns].
+
+    TypeError: data is not uint8. ValueError: unknown format, or row bytes that are not a multiple of a block's.
+    """
+    form, blocks = _as_blocks(data, fmt)
+    n = form.block_length
+    out = np.empty((*blocks.shape[:-1], blocks.shape[-1] * n), np.float32)
+    decode = decoder(form.name)
+    with np.errstate(all="ignore"):
+        for target, source in _pieces(out, blocks, n):
+            target[...] = decode(np.ascontiguousarray(source).reshape(-1)).reshape(target.shape)
+    return out
+
+
+def first_nonfinite_scale(data: np.ndarray, fmt: str) -> int | None:
+    """Index, counted over all blocks in order, of the first with an infinite or NaN scale field (d, dmin, m; in F32,
+    F16 and BF16 the value itself). None if there is none. Errors as `dequantize`."""
+    form, blocks = _as_blocks(data, fmt)
+    first = None
+    for field in form.scale_fields:
+        values = blocks[field].ravel()
+        finite = np.isfinite(from_bf16(values) if form.name == "BF16" else values)
+        if not finite.all():
+            index = int(np.argmin(finite))
+            first = index if first is None else min(first, index)
+    return first
+
+
+def _check_dtype(x: np.ndarray, dtype: str | None) -> None:
+    if dtype not in (None, "bf16"):
+        raise ValueError(f"unknown dtype {dtype!r}; known: 'bf16', or None for the array's own")
+    if dtype == "bf16":
+        if x.dtype != np.uint16:
+            raise TypeError(f'dtype="bf16" needs uint16 bit patterns, got {x.dtype}')
+    elif x.dtype not in (np.float32, np.float16):
+        hint = {"float64": "; cast it first: x.astype(np.float32)", "uint16": '; bfloat16 bits need dtype="bf16"'}
+        raise TypeError(f"expected float32 or float16 weights, got {x.dtype}{hint.get(x.dtype.name, '')}")
+
+
+def _widen(piece: np.ndarray, dtype: str | None) -> np.ndarray:
+    if dtype == "bf16":
+        return from_bf16(np.ascontiguousarray(piece))
+    return np.ascontiguousarray(piece, np.float32)
+
+
+def _pieces(weights: np.ndarray, blocks: np.ndarray, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Matching parts of weights [..., columns] and blocks [..., columns / n], about PIECE weights each."""
+    columns = weights.shape[-1]
+    width = max(n, min(columns, PIECE // n * n))
+    height = max(1, PIECE // width)
+    for lead in np.ndindex(weights.shape[:-2]):
+        w, b = np.atleast_2d(weights[lead]), np.atleast_2d(blocks[lead])
+        for row in range(0, len(w), height):
+            for column in range(0, columns, width):
+                yield (
+                    w[row : row + height, column : column + width],
+                    b[row : row + height, column // n : (column + width) // n],
+                )
+
+
+def _as_bytes(blocks: np.ndarray) -> np.ndarray:
+    """Records [..., blocks] to uint8 [..., row bytes]."""
+    return blocks.view(np.uint8) if blocks.size else np.empty(_byte_shape(blocks), np.uint8)
+
+
+def _byte_shape(blocks: np.ndarray) -> tuple[int, ...]:
+    return (*blocks.shape[:-1], blocks.shape[-1] * blocks.itemsize)
+
+
+def _as_blocks(data: np.ndarray, fmt: str) -> tuple[Format, np.ndarray]:
+    """uint8 [..., row bytes] to records [..., blocks]."""
+    form = format_named(fmt)
+    data = np.asarray(data)
+    if data.dtype != np.uint8:
+        raise TypeError(f"{form.name}: expected uint8 data, got {data.dtype}")
+    if data.ndim == 0 or data.shape[-1] % form.block_bytes:
+        length = data.shape[-1] if data.ndim else "a scalar"
+        raise ValueError(f"{form.name}: rows of {length} bytes are not a multiple of the block's {form.block_bytes}")
+    if not data.size:
+        return form, np.empty((*data.shape[:-1], data.shape[-1] // form.block_bytes), form.dtype)
+    if data.strides[-1] != 1:
+        data = np.ascontiguousarray(data)
+    return form, data.view(form.dtype)

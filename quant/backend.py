@@ -1,0 +1,30 @@
+"""Which implementation of the codecs runs. For now there is one, NumPy; a native one will be picked here, once.
+
+A codec is a pair of functions:
+    encode(x, importance) -> records [blocks]       x: float32 [blocks, block_length], C-contiguous, the callee's to keep
+                                                    intact; importance: None, or the same shape
+    decode(records [blocks]) -> float32 [blocks, block_length]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from . import floats, kquants, legacy
+
+CODECS: dict[str, tuple[Callable, Callable]] = {**floats.CODECS, **legacy.CODECS, **kquants.CODECS}
+
+
+def backend() -> str:
+    """The name of the implementation in use: "numpy"."""
+    return "numpy"
+
+
+def encoder(name: str) -> Callable:
+    """The encode function of the format called `name` (a key of FORMATS)."""
+    return CODECS[name][0]
+
+
+def decoder(name: str) -> Callable:
+    """The decode function of the format called `name`."""
+    return CODECS[name][1]

@@ -1,0 +1,238 @@
+"""Q2_K, Q3_K, Q4_K, Q5_K and Q6_K: blocks of 256 weights, a scale for each sub-block of 16 or 32, the scales quantized.
+
+Encoders take x float32 [blocks, 256] and importance (None), return the records [blocks]. Decoders return float32
+[blocks, 256]. All encoders go the same way: search scale and codes of each sub-block, quantize the scales of a block
+together, then quantize the weights once more with the scales a decoder will see. Source: ggml's quantize_row_q*_K_ref.
+
+Arrays over sub-blocks are [blocks, sub-blocks] or, flat, [lanes] with lane = block * sub-blocks + sub-block.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .fit import (
+    EPSILON,
+    ZERO,
+    F,
+    affine,
+    clamp,
+    coordinate,
+    extremes,
+    from_lanes,
+    near,
+    peak,
+    round_codes,
+    symmetric,
+    to_lanes,
+    total,
+)
+from .floats import from_f16, to_f16
+from .formats import FORMATS
+from .packing import (
+    join_planes,
+    pack_scales_16x6,
+    pack_scales_and_mins,
+    split_planes,
+    unpack_scales_16x6,
+    unpack_scales_and_mins,
+)
+
+BLOCK = 256
+
+
+def _largest(values: np.ndarray) -> np.ndarray:
+    """max(0, ...) of each block by strict comparison, so +0 if nothing is positive. [blocks, subs] to [blocks]."""
+    top = np.fmax.reduce(values, axis=1)
+    return np.where(top > 0, top, ZERO)
+
+
+def _to_unsigned_codes(values: np.ndarray, n_max: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scales (or mins) of a block as codes of their largest. values: float32 [blocks, subs].
+
+    Returns int32 codes [blocks, subs], not cut to any width (ggml stores what near gives), and the float32 unit
+    [blocks] that a code counts.
+    """
+    top = _largest(values)
+    inverse = np.where(top > 0, F(n_max) / top, ZERO)
+    codes = near(inverse[:, None] * values)
+    codes[~(top > 0)] = 0  # where 0 * inf would be NaN
+    return codes, top / F(n_max)
+
+
+def _requantize_affine(x, codes, unit_s, s, unit_m, m, n_max: int) -> None:
+    """codes <- near((x + unit_m * m) / (unit_s * s)), in place; sub-blocks whose scale is 0 keep their codes.
+
+    x, codes: [element, lanes]; units: float16 [blocks]; s, m: uint8 [blocks, subs].
+    """
+    delta = (from_f16(unit_s)[:, None] * s.astype(F)).ravel()
+    shift = (from_f16(unit_m)[:, None] * m.astype(F)).ravel()
+    dead = delta == 0
+    delta[dead] = np.inf
+    shift[dead] = 0
+    low, high = extremes(x)
+    a, b = (low + shift) / delta, (high + shift) / delta
+    _divide(x + shift, delta, codes, dead, 0, n_max, np.minimum(a, b).min(), np.maximum(a, b).max())
+
+
+def _requantize_signed(x, codes, unit, s, n_max: int) -> None:
+    """codes <- near(x / (unit * s)) + n_max, in place; as `_requantize_affine`, s: signed [blocks, subs]."""
+    delta = (from_f16(unit)[:, None] * s.astype(F)).ravel()
+    dead = delta == 0
+    delta[dead] = np.inf
+    low, high = extremes(x)
+    reach = (np.maximum(np.abs(low), np.abs(high)) / np.abs(delta)).max()
+    _divide(x, delta, codes, dead, -n_max, n_max - 1, -reach, reach)
+
+
+def _divide(x, delta, codes, dead, low: int, high: int, bottom, top) -> None:
+    kept = codes[:, dead]
+    np.divide(x, delta, out=codes)
+    round_codes(codes, low, high, bottom, top)
+    if low < 0:
+        codes -= F(low)
+    if kept.size:
+        codes[:, dead] = kept
+
+
+def encode_q2_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """(d * s) * q - (dmin * m), s and m nibbles, q 2 bits, 16 sub-blocks."""
+    lanes = to_lanes(x, 16)
+    scale, offset, codes = affine(lanes, np.abs(lanes), 3, -0.5, 0.1, 15, absolute=True)
+    s, unit_s = _to_unsigned_codes(scale.reshape(-1, 16), 15)
+    m, unit_m = _to_unsigned_codes(offset.reshape(-1, 16), 15)
+    out = np.empty(len(x), FORMATS["Q2_K"].dtype)
+    out["d"], out["dmin"] = to_f16(unit_s), to_f16(unit_m)
+    # A negative or wild code is cut to the byte, spoiling its neighbour, and read back from there, as in ggml.
+    out["scales"] = s.astype(np.uint8) | m.astype(np.uint8) << 4
+    _requantize_affine(lanes, codes, out["d"], out["scales"] & 15, out["dmin"], out["scales"] >> 4, 3)
+    out["qs"] = join_planes(from_lanes(codes, BLOCK), 2, 32)
+    return out
+
+
+def decode_q2_k(blocks: np.ndarray) -> np.ndarray:
+    """(d * s) * q - (dmin * m)."""
+    q = split_planes(blocks["qs"], 2, 32)
+    return _decode_affine(blocks, q, blocks["scales"] & 15, blocks["scales"] >> 4)
+
+
+def encode_q3_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """(d * (u - 32)) * (q - 4), u 6 bits, q 3 bits, 16 sub-blocks."""
+    lanes = to_lanes(x, 16)
+    scale, codes = coordinate(lanes, 4)
+    scale = scale.reshape(-1, 16)
+    _, largest = peak(np.ascontiguousarray(scale.T))
+    inverse = F(-32) / largest
+    s = clamp(near(inverse[:, None] * scale).astype(np.int8), -32, 31)
+    s[largest == 0] = -32  # u = 0
+    out = np.empty(len(x), FORMATS["Q3_K"].dtype)
+    out["d"] = to_f16(np.where(largest != 0, F(1) / inverse, ZERO))
+    out["scales"] = pack_scales_16x6((s + np.int8(32)).view(np.uint8))
+    _requantize_signed(lanes, codes, out["d"], s, 4)
+    q = from_lanes(codes, BLOCK)
+    out["qs"] = join_planes(q & 3, 2, 32)
+    out["hmask"] = join_planes(q >> 2, 1, 32)
+    return out
+
+
+def decode_q3_k(blocks: np.ndarray) -> np.ndarray:
+    """(d * (u - 32)) * (q - 4)."""
+    q = split_planes(blocks["qs"], 2, 32)
+    q |= split_planes(blocks["hmask"], 1, 32) << 2
+    s = unpack_scales_16x6(blocks["scales"]).view(np.int8) - np.int8(32)
+    return _decode_signed(blocks, q, s, 4)
+
+
+def _encode_q45_k(x: np.ndarray, fmt: str, n_max: int, r0: float, last_step: int) -> np.ndarray:
+    lanes = to_lanes(x, 32)
+    w = lanes * lanes
+    rms = np.sqrt(total(w) / F(32))
+    np.add(np.abs(lanes, out=w), rms, out=w)
+    scale, offset, codes = affine(lanes, w, n_max, r0, 0.1, last_step)
+    s, unit_s = _to_unsigned_codes(scale.reshape(-1, 8), 63)
+    m, unit_m = _to_unsigned_codes(offset.reshape(-1, 8), 63)
+    s, m = (np.minimum(c.astype(np.uint8), np.uint8(63)) for c in (s, m))  # the low 8 bits first
+    out = np.empty(len(x), FORMATS[fmt].dtype)
+    out["d"], out["dmin"] = to_f16(unit_s), to_f16(unit_m)
+    out["scales"] = pack_scales_and_mins(s, m)
+    _requantize_affine(lanes, codes, out["d"], s, out["dmin"], m, n_max)
+    q = from_lanes(codes, BLOCK)
+    out["qs"] = join_planes(q, 4, 32)
+    if n_max > 15:
+        out["qh"] = join_planes(q >> 4, 1, 32)
+    return out
+
+
+def encode_q4_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """(d * s) * q - (dmin * m), s and m 6 bits, q 4 bits, 8 sub-blocks."""
+    return _encode_q45_k(x, "Q4_K", 15, -1.0, 20)
+
+
+def encode_q5_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """(d * s) * q - (dmin * m), s and m 6 bits, q 5 bits, 8 sub-blocks."""
+    return _encode_q45_k(x, "Q5_K", 31, -0.5, 15)
+
+
+def decode_q4_k(blocks: np.ndarray) -> np.ndarray:
+    """(d * s) * q - (dmin * m)."""
+    return _decode_affine(blocks, split_planes(blocks["qs"], 4, 32), *unpack_scales_and_mins(blocks["scales"]))
+
+
+def decode_q5_k(blocks: np.ndarray) -> np.ndarray:
+    """(d * s) * q - (dmin * m)."""
+    q = split_planes(blocks["qs"], 4, 32)
+    q |= split_planes(blocks["qh"], 1, 32) << 4
+    return _decode_affine(blocks, q, *unpack_scales_and_mins(blocks["scales"]))
+
+
+def encode_q6_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    """(d * s) * (q - 32), s 8 bits signed, q 6 bits, 16 sub-blocks."""
+    lanes = to_lanes(x, 16)
+    scale, codes = symmetric(lanes, lanes * lanes, 32)
+    scale = scale.reshape(-1, 16)
+    amax, largest = peak(np.ascontiguousarray(scale.T))
+    inverse = F(-128) / largest
+    out = np.empty(len(x), FORMATS["Q6_K"].dtype)
+    out["d"] = to_f16(F(1) / inverse)
+    out["scales"] = np.minimum(near(inverse[:, None] * scale), 127).astype(np.int8)
+    _requantize_signed(lanes, codes, out["d"], out["scales"], 32)
+    q = from_lanes(codes, BLOCK)
+    out["ql"] = join_planes(q, 4, 64)
+    out["qh"] = join_planes(q >> 4, 2, 32)
+    out[amax < EPSILON] = np.zeros((), out.dtype)
+    return out
+
+
+def decode_q6_k(blocks: np.ndarray) -> np.ndarray:
+    """(d * s) * (q - 32)."""
+    q = split_planes(blocks["ql"], 4, 64)
+    q |= split_planes(blocks["qh"], 2, 32) << 4
+    return _decode_signed(blocks, q, blocks["scales"], 32)
+
+
+def _decode_affine(blocks: np.ndarray, q: np.ndarray, s: np.ndarray, m: np.ndarray) -> np.ndarray:
+    """q: uint8 [blocks, 256]; s, m: uint8 [blocks, subs]."""
+    scale = from_f16(blocks["d"])[:, None] * s.astype(F)
+    shift = from_f16(blocks["dmin"])[:, None] * m.astype(F)
+    y = q.astype(F).reshape(*s.shape, -1)  # [blocks, subs, elements]
+    y *= scale[:, :, None]
+    y -= shift[:, :, None]
+    return y.reshape(q.shape)
+
+
+def _decode_signed(blocks: np.ndarray, q: np.ndarray, s: np.ndarray, n_max: int) -> np.ndarray:
+    """q: uint8 [blocks, 256]; s: int8 [blocks, subs]."""
+    scale = from_f16(blocks["d"])[:, None] * s.astype(F)
+    y = q.astype(F).reshape(*s.shape, -1)  # [blocks, subs, elements]
+    y -= F(n_max)
+    y *= scale[:, :, None]
+    return y.reshape(q.shape)
+
+
+CODECS = {
+    "Q2_K": (encode_q2_k, decode_q2_k),
+    "Q3_K": (encode_q3_k, decode_q3_k),
+    "Q4_K": (encode_q4_k, decode_q4_k),
+    "Q5_K": (encode_q5_k, decode_q5_k),
+    "Q6_K": (encode_q6_k, decode_q6_k),
+}

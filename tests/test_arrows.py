@@ -1,0 +1,63 @@
+"""Imports point one way, and library code neither prints nor exits."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# Each room and the rooms it may use; `quant` may be used by all and uses none.
+ALLOWED = {
+    "cli": {"checkpoint", "convert", "errors", "gguf_file", "plan", "recipe", "report"},
+    "__main__": {"cli"},
+    "__init__": set(),
+    "report": {"gguf_file", "plan"},
+    "convert": {"checkpoint", "errors", "gguf_file", "mapping", "plan"},
+    "plan": {"arch", "checkpoint", "errors", "gguf_file", "mapping", "recipe", "tokenizer"},
+    "mapping": {"arch", "checkpoint", "errors"},
+    "arch": {"arch", "checkpoint", "errors"},
+    "tokenizer": {"checkpoint", "errors"},
+    "recipe": {"errors"},
+    "gguf_file": {"errors"},
+    "checkpoint": {"errors"},
+    "errors": set(),
+}
+ONLY_IN_CLI = {"click", "tqdm"}
+FILES = sorted([*(ROOT / "gguf_moe").rglob("*.py"), *(ROOT / "quant").rglob("*.py")])
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names of what a file imports; `from a import b` counts as a.b."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or path.parts[-2] == "quant", f"{path}: relative import"
+            found |= {f"{node.module or 'quant'}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_arrows_point_one_way(path: Path) -> None:
+    package, *rest = path.relative_to(ROOT).with_suffix("").parts
+    used = imports(path)
+    if package == "quant":
+        assert not [name for name in used if name.split(".")[0] == "gguf_moe"]
+        return
+    room = rest[0]
+    rooms = {name.split(".")[1] for name in used if name.startswith("gguf_moe.")} - {"__version__"}
+    assert rooms <= ALLOWED[room]
+    if room != "cli":
+        assert not {name.split(".")[0] for name in used} & ONLY_IN_CLI
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_the_library_neither_prints_nor_exits(path: Path) -> None:
+    if path.name == "cli.py":
+        return
+    calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = {ast.unparse(call) for call in calls}
+    assert not names & {"print", "exit", "quit", "sys.exit", "os._exit"}
