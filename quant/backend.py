@@ -1,8 +1,9 @@
 """Which implementation of the codecs runs. For now there is one, NumPy; a native one will be picked here, once.
 
 A codec is a pair of functions:
-    encode(x, importance) -> records [blocks]       x: float32 [blocks, block_length], C-contiguous, the callee's to keep
-                                                    intact; importance: None, or the same shape
+    encode(x, importance) -> records [blocks]
+        x: float32 [blocks, block_length], C-contiguous, left as it is. importance: None, or float32 of the same shape
+        (the hook for importance-weighted searches; `quantize` passes None until they exist).
     decode(records [blocks]) -> float32 [blocks, block_length]
 """
 

@@ -7,6 +7,7 @@ import oracle
 import pytest
 from families import COLUMNS, FAMILIES, draw
 
+import quant
 from quant import FORMATS, dequantize, first_nonfinite_scale, quantize
 
 FORMAT_NAMES = list(FORMATS)
@@ -57,6 +58,14 @@ def compare(ggml: oracle.Ggml, fmt: str, blocks: int, seed: int) -> tuple[int, i
 def test_same_bytes_as_ggml(fmt, reference):
     encoded, decoded = compare(oracle.load(reference), fmt, 20_000, seed=1 + oracle.NAMES.index(reference))
     assert encoded == decoded >= 20_000
+
+
+@pytest.mark.parametrize("fmt", FORMAT_NAMES)
+def test_same_bytes_as_ggml_in_small_pieces(fmt, monkeypatch):
+    """One degenerate block sends its whole piece down the exact, slower rounding; small pieces take both ways."""
+    monkeypatch.setattr(quant, "PIECE", 2 * FORMATS[fmt].block_length)
+    encoded, _ = compare(oracle.load("libggml-python"), fmt, 3000, seed=50)
+    assert encoded >= 3000
 
 
 @pytest.mark.long
