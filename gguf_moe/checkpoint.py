@@ -198,9 +198,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _check_places(
-    files: dict[Path, list[SourceTensor]], weight_map: dict[str, str] | None, index: Path
-) -> None:
+def _check_places(files: dict[Path, list[SourceTensor]], weight_map: dict[str, str] | None, index: Path) -> None:
     """Each tensor once, and where the index says."""
     places: dict[str, Path] = {}
     for path, tensors in files.items():

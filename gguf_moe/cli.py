@@ -57,7 +57,7 @@ def convert(
 ) -> None:
     """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
     plan = make_plan(open_checkpoint(model_dir), _asked_file_type(bits, quant_name))
-    target = output or model_dir.resolve().parent
+    target = output or (model_dir if model_dir.name not in ("", "..") else model_dir.resolve()).parent
     if target.is_dir():
         target = target / plan.default_name
     for warning in plan.warnings:

@@ -164,7 +164,10 @@ def _heads(template: Template, facts: ModelFacts) -> int | None:
 
 
 def _check_numbers(tensor: SourceTensor, numbers: dict[str, int], facts: ModelFacts, checkpoint: Checkpoint) -> None:
-    for kind, key, count in (("layer", "num_hidden_layers", facts.layers), ("expert", "num_local_experts", facts.experts)):
+    for kind, key, count in (
+        ("layer", "num_hidden_layers", facts.layers),
+        ("expert", "num_local_experts", facts.experts),
+    ):
         if numbers.get(kind, 0) >= count:
             raise GgufMoeError(
                 f"{tensor.file}: tensor {tensor.name} is of {kind} {numbers[kind]}, "
@@ -180,9 +183,7 @@ def _check_shape(tensor: SourceTensor, expected: tuple[int, ...]) -> None:
         )
 
 
-def _check_complete(
-    parts: list[_Part], architecture: Architecture, facts: ModelFacts, checkpoint: Checkpoint
-) -> None:
+def _check_complete(parts: list[_Part], architecture: Architecture, facts: ModelFacts, checkpoint: Checkpoint) -> None:
     """Every required tensor once; the error lists what is absent."""
     counts = Counter(part.name for part in parts)
     twice = next((name for name, count in counts.items() if count > 1), None)

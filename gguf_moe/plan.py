@@ -113,7 +113,9 @@ def _read_metadata(directory: Path, mapped: list[mapping.MappedTensor]) -> gguf.
         metadata = gguf.Metadata.load(None, directory.resolve(), None, total)
     except Exception as error:  # a foreign YAML or JSON parser on a user's file: any error is the file's
         reason = " ".join(str(error).split())
-        raise GgufMoeError(f"{directory / 'README.md'}: model card or generation_config.json unreadable: {reason}") from None
+        raise GgufMoeError(
+            f"{directory / 'README.md'}: model card or generation_config.json unreadable: {reason}"
+        ) from None
     if metadata.name is None:
         metadata.name = directory.resolve().name
     if metadata.size_label is None:

@@ -61,14 +61,11 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
 
     Raises GgufMoeError for a missing or unsupported tokenizer, more tokens than `size`, or a text that two ids share.
     """
-    for name, reader in READERS.items():
-        if (directory / name).is_file():
-            path = directory / name
-            break
-    else:
+    path = next((directory / name for name in READERS if (directory / name).is_file()), None)
+    if path is None:
         raise GgufMoeError(f"{directory}: no tokenizer, expected {' or '.join(READERS)}")
     settings = _optional_json(directory / "tokenizer_config.json")
-    tokens, prefix, notes = reader(path, settings, size)
+    tokens, prefix, notes = READERS[path.name](path, settings)
     surplus = sorted(i for i in tokens if i >= size)
     if surplus:
         texts = ", ".join(repr(tokens[i].text) for i in surplus[:4])
@@ -76,20 +73,16 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
             f"{path}: {surplus[-1] + 1} tokens, but the embedding has {size} rows (vocab_size); surplus from id "
             f"{surplus[0]}: {texts}"
         )
-    padded = [
-        tokens.get(i) or Token(f"[PAD{i}]", PAD_SCORE, gguf.TokenType.UNUSED)
-        for i in range(size)
-    ]
+    padded = [tokens.get(i) or Token(f"[PAD{i}]", PAD_SCORE, gguf.TokenType.UNUSED) for i in range(size)]
     _check_distinct(path, padded)
     return Vocabulary(path, padded, prefix, _special_vocabulary(directory, size), tuple(notes))
 
 
-# A reader takes its file, tokenizer_config.json and the wanted size, and returns tokens by id, the space prefix if
-# known, and notes.
+# A reader takes its file and tokenizer_config.json, and returns tokens by id, the space prefix if known, and notes.
 _Reading = tuple[dict[int, Token], "bool | None", list[str]]
 
 
-def _read_sentencepiece(path: Path, settings: dict[str, Any], size: int) -> _Reading:
+def _read_sentencepiece(path: Path, settings: dict[str, Any]) -> _Reading:
     """`tokenizer.model` with added tokens, as llama.cpp's converter reads them (`_create_vocab_sentencepiece`)."""
     try:
         model = SentencePieceProcessor(model_file=str(path))
@@ -118,7 +111,7 @@ def _read_sentencepiece(path: Path, settings: dict[str, Any], size: int) -> _Rea
     return tokens, settings.get("add_prefix_space"), []
 
 
-def _read_tokenizer_json(path: Path, settings: dict[str, Any], size: int) -> _Reading:
+def _read_tokenizer_json(path: Path, settings: dict[str, Any]) -> _Reading:
     """`tokenizer.json` with byte fallback. Texts and types as llama.cpp's converter has them; scores that rank.
 
     llama.cpp joins the adjacent pair whose joined token has the highest score, so a token's score is minus the
@@ -160,7 +153,7 @@ def _read_tokenizer_json(path: Path, settings: dict[str, Any], size: int) -> _Re
     return tokens, prefix, notes
 
 
-READERS: dict[str, Callable[[Path, dict[str, Any], int], _Reading]] = {
+READERS: dict[str, Callable[[Path, dict[str, Any]], _Reading]] = {
     "tokenizer.model": _read_sentencepiece,
     "tokenizer.json": _read_tokenizer_json,
 }
@@ -191,7 +184,9 @@ def _space_prefix(path: Path, tokenizer: dict[str, Any]) -> tuple[bool, list[str
         elif kind == "Metaspace" and step.get("replacement") == SPACE:
             prefix |= step.get("prepend_scheme", "always") != "never"
         elif kind != "Replace" or step.get("pattern") != {"String": " "} or step.get("content") != SPACE:
-            notes.append(f"{path}: llama.cpp does not apply the tokenizer's step {kind}; some texts may split otherwise")
+            notes.append(
+                f"{path}: llama.cpp does not apply the tokenizer's step {kind}; some texts may split otherwise"
+            )
     return prefix, notes
 
 

@@ -56,7 +56,6 @@ def _to_unsigned_codes(values: np.ndarray, n_max: int) -> tuple[np.ndarray, np.n
     top = _largest(values)
     inverse = np.where(top > 0, F(n_max) / top, ZERO)
     codes = near(inverse[:, None] * values)
-    codes[~(top > 0)] = 0  # where 0 * inf would be NaN
     return codes, top / F(n_max)
 
 
@@ -68,8 +67,7 @@ def _requantize_affine(x, codes, unit_s, s, unit_m, m, n_max: int) -> None:
     delta = (from_f16(unit_s)[:, None] * s.astype(F)).ravel()
     shift = (from_f16(unit_m)[:, None] * m.astype(F)).ravel()
     dead = delta == 0
-    delta[dead] = np.inf
-    shift[dead] = 0
+    delta[dead] = np.inf  # quotients 0, replaced in `_divide`
     low, high = extremes(x)
     a, b = (low + shift) / delta, (high + shift) / delta
     _divide(x + shift, delta, codes, dead, 0, n_max, np.minimum(a, b).min(), np.maximum(a, b).max())

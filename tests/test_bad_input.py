@@ -80,7 +80,10 @@ CONFIG = {
     "one expert": ({"num_local_experts": 1}, "num_local_experts is 1, expected 2 to 128"),
     "text for a number": ({"hidden_size": "256"}, "hidden_size is '256', expected an integer of at least 1"),
     "zero heads": ({"num_attention_heads": 0}, "num_attention_heads is 0, expected an integer of at least 1"),
-    "heads not in groups": ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+    "heads not in groups": (
+        {"num_key_value_heads": 3},
+        "num_attention_heads 4 is no multiple of num_key_value_heads 3",
+    ),
     "negative epsilon": ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected a positive number"),
     "odd head size": ({"head_dim": 63}, "a head size of 63 is odd"),
     "rope type": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported yet"),
@@ -101,7 +104,10 @@ def test_config(case: str, run, merge: Path) -> None:
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no config": (lambda m: (m / "config.json").unlink(), "config.json: no such file"),
     "config no JSON": (lambda m: (m / "config.json").write_text("{"), "config.json: not readable as JSON"),
-    "config a list": (lambda m: (m / "config.json").write_text("[]"), "config.json: holds a JSON list, expected an object"),
+    "config a list": (
+        lambda m: (m / "config.json").write_text("[]"),
+        "config.json: holds a JSON list, expected an object",
+    ),
     "deep config": (lambda m: (m / "config.json").write_text("[" * 100_000), "config.json: not readable as JSON"),
     "missing shard": (lambda m: (m / SHARD).unlink(), f"{INDEX}: names {SHARD}, which does not exist"),
     "shard outside": (lambda m: edit_map(m, DOWN, "../x.safetensors"), f"{DOWN} is placed in '../x.safetensors'"),
@@ -147,7 +153,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         "README.md: model card or generation_config.json unreadable",
     ),
     "broken tokenizer": (lambda m: (m / "tokenizer.json").write_text("{"), "tokenizer.json: not readable as JSON"),
-    "no tokenizer": (lambda m: (m / "tokenizer.json").unlink(), "no tokenizer, expected tokenizer.model or tokenizer.json"),
+    "no tokenizer": (
+        lambda m: (m / "tokenizer.json").unlink(),
+        "no tokenizer, expected tokenizer.model or tokenizer.json",
+    ),
 }
 
 
@@ -184,7 +193,10 @@ TENSORS: dict[str, tuple[Callable[[Parts], object], str]] = {
         f"3 tensors are absent: {EXPERT}2.w1.weight, {EXPERT}2.w2.weight, {EXPERT}2.w3.weight "
         "(config.json says 4 layers of 4 experts)",
     ),
-    "missing down projection": (lambda p: remove(p, f"{EXPERT}3.w2.weight"), f"1 tensors are absent: {EXPERT}3.w2.weight"),
+    "missing down projection": (
+        lambda p: remove(p, f"{EXPERT}3.w2.weight"),
+        f"1 tensors are absent: {EXPERT}3.w2.weight",
+    ),
     "missing router": (
         lambda p: remove(p, "model.layers.3.block_sparse_moe.gate.weight"),
         "absent: model.layers.3.block_sparse_moe.gate.weight",
@@ -195,7 +207,9 @@ TENSORS: dict[str, tuple[Callable[[Parts], object], str]] = {
         f"{EXPERT}4.w1.weight is of expert 4, but config.json says num_local_experts = 4",
     ),
     "transposed router": (
-        lambda p: p.tensors.update({"model.layers.0.block_sparse_moe.gate.weight": ("BF16", np.zeros((256, 4), np.uint16))}),
+        lambda p: p.tensors.update(
+            {"model.layers.0.block_sparse_moe.gate.weight": ("BF16", np.zeros((256, 4), np.uint16))}
+        ),
         "gate.weight has shape [256, 4], expected [4, 256] by config.json",
     ),
     "expert of another shape": (

@@ -107,4 +107,9 @@ def test_escapes_in_a_file_do_not_reach_the_terminal(run, tmp_path: Path) -> Non
 
 def test_table_and_sizes() -> None:
     assert report.table([("a", 1), ("bcd", 234)], "<>") == "a      1\nbcd  234"
-    assert [report.size_text(n) for n in (999, 1000, 5_838_336, 2 * 10**12)] == ["999 B", "1.00 kB", "5.84 MB", "2.00 TB"]
+    assert [report.size_text(n) for n in (999, 1000, 5_838_336, 2 * 10**12)] == [
+        "999 B",
+        "1.00 kB",
+        "5.84 MB",
+        "2.00 TB",
+    ]

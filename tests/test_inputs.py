@@ -117,7 +117,13 @@ def narrow(parts: Parts, feed_forward: int) -> Parts:
 
 @pytest.mark.parametrize(
     ("quant", "columns", "kind"),
-    [("Q2_K", 480, "Q4_0"), ("Q4_K_S", 480, "Q5_0"), ("Q5_K_S", 480, "Q5_1"), ("Q6_K", 480, "Q8_0"), ("Q4_K_S", 300, "F16")],
+    [
+        ("Q2_K", 480, "Q4_0"),
+        ("Q4_K_S", 480, "Q5_0"),
+        ("Q5_K_S", 480, "Q5_1"),
+        ("Q6_K", 480, "Q8_0"),
+        ("Q4_K_S", 300, "F16"),
+    ],
 )
 def test_narrow_rows_fall_back_with_one_warning(quant: str, columns: int, kind: str, run, tmp_path: Path) -> None:
     directory = narrow(bundled(), columns).save(tmp_path / "narrow")
@@ -140,7 +146,5 @@ def plain_bits(path: Path, quant: str) -> tuple[float, float]:
     tensors = gguf.GGUFReader(path).tensors
     block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[wanted]]
     weights = sum(int(t.n_elements) for t in tensors)
-    nominal = sum(
-        int(t.n_elements) * nbytes / block if "ffn_down" in t.name else float(t.n_bytes) for t in tensors
-    )
+    nominal = sum(int(t.n_elements) * nbytes / block if "ffn_down" in t.name else float(t.n_bytes) for t in tensors)
     return 8 * nominal / weights, 8 * sum(int(t.n_bytes) for t in tensors) / weights

@@ -152,7 +152,7 @@ def big_layer(directory: Path) -> Path:
     parts = bundled()
     parts.config.update(hidden_size=hidden, intermediate_size=feed_forward, num_local_experts=experts)
     parts.config.update(num_hidden_layers=1, num_attention_heads=32, num_key_value_heads=8, head_dim=128)
-    rows = (np.random.default_rng(5).normal(0, 0.02, (64, hidden)).astype(np.float32).view(np.uint32) >> 16)
+    rows = np.random.default_rng(5).normal(0, 0.02, (64, hidden)).astype(np.float32).view(np.uint32) >> 16
     rows = rows.astype(np.uint16)
 
     def matrix(*shape: int) -> tuple[str, np.ndarray]:

@@ -175,7 +175,11 @@ def bad_id(content: dict) -> None:
     ("change", "size", "message"),
     [
         (wordpiece, 4096, "tokenizer model is 'WordPiece', expected 'BPE' with byte fallback"),
-        (byte_level, 4096, "a BPE tokenizer without byte fallback (byte-level, as of Llama 3 or Qwen) is not supported"),
+        (
+            byte_level,
+            4096,
+            "a BPE tokenizer without byte fallback (byte-level, as of Llama 3 or Qwen) is not supported",
+        ),
         (same_text, 4100, "have the same text 'the'"),
         (bad_merge, 4096, "merge 5 is ['a', 'b', 'c'], expected a pair of tokens"),
         (bad_id, 4096, "token id -4, expected a whole number"),

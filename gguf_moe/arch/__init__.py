@@ -9,9 +9,7 @@ from gguf_moe.errors import GgufMoeError
 
 __all__ = ["ARCHITECTURES", "Architecture", "Fused", "ModelFacts", "Template", "find_architecture"]
 
-ARCHITECTURES: dict[str, Architecture] = {
-    name: family for family in (llama.ARCHITECTURE,) for name in family.hf_names
-}
+ARCHITECTURES: dict[str, Architecture] = {name: family for family in (llama.ARCHITECTURE,) for name in family.hf_names}
 
 
 def find_architecture(config: Config) -> Architecture:

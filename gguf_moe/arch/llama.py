@@ -70,7 +70,9 @@ def read_facts(config: Config) -> ModelFacts:
     if facts.head_size % 2:
         raise GgufMoeError(f"{config.path}: a head size of {facts.head_size} is odd; rotary embedding needs pairs")
     if heads % kv_heads:
-        raise GgufMoeError(f"{config.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise GgufMoeError(
+            f"{config.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
+        )
     if not 2 <= facts.experts <= 128:
         raise GgufMoeError(f"{config.path}: num_local_experts is {facts.experts}, expected 2 to 128")
     if facts.experts_used > facts.experts:

@@ -126,9 +126,11 @@ def integers(rng, rows):
 
 @_family
 def exact_ties(rng, rows):
-    """Values halfway between two codes of each code count; the ends fixed so that the scale is a power of two."""
+    """Values halfway between two codes of each code count, or one float nearer to zero; the ends fixed so that the
+    scale is a power of two."""
     top = rng.choice([3, 4, 8, 15, 16, 31, 32, 127], (rows, 1))
     x = rng.integers(-2 * top, 2 * top + 1, (rows, COLUMNS)) * 0.5
+    x = np.where(rng.random(x.shape) < 0.5, x, np.nextafter(x.astype(np.float32), np.float32(0)))
     x[:, ::16] = -top
     x[:, 8::16] = np.where(rng.random((rows, 1)) < 0.5, top, -top)
     return x * 2.0 ** rng.integers(-8, 4, (rows, 1))
