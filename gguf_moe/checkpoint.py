@@ -20,6 +20,7 @@ from gguf_moe.errors import GgufMoeError
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
+MAX_FLOAT32 = float(np.finfo(np.float32).max)
 
 # safetensors dtype -> (NumPy dtype of the bytes in the file, the dtype argument that `quant.quantize` takes)
 SOURCE_DTYPES: dict[str, tuple[np.dtype, str | None]] = {
@@ -59,17 +60,19 @@ class Config:
     values: dict[str, Any]
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer of at least `minimum`; GgufMoeError when it is missing without default, or something else."""
+        """An integer of at least `minimum` that fits GGUF's 32 bits; GgufMoeError when it is missing without default."""
         value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
-            raise GgufMoeError(f"{self.path}: {name} is {value!r}, expected an integer of at least {minimum}")
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 1 << 32:
+            raise GgufMoeError(
+                f"{self.path}: {name} is {value!r}, expected an integer of at least {minimum}, of 32 bits"
+            )
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive finite number."""
+        """A positive number that fits a float32."""
         value = self._get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-            raise GgufMoeError(f"{self.path}: {name} is {value!r}, expected a positive number")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MAX_FLOAT32:
+            raise GgufMoeError(f"{self.path}: {name} is {value!r}, expected a positive 32-bit number")
         return float(value)
 
     def _get(self, name: str, default: Any) -> Any:
@@ -178,7 +181,7 @@ def _source_tensor(path: Path, size: int, data_start: int, name: str, entry: Any
         raise GgufMoeError(
             f"{where}: data ends at byte {data_start + end}, but the file has {size} bytes; it is truncated"
         )
-    if dtype not in SOURCE_DTYPES:
+    if not isinstance(dtype, str) or dtype not in SOURCE_DTYPES:
         raise GgufMoeError(f"{where}: dtype {dtype}, expected one of {', '.join(SOURCE_DTYPES)}")
     expected = math.prod(shape) * SOURCE_DTYPES[dtype][0].itemsize
     if end - start != expected:

@@ -56,7 +56,7 @@ def convert(
                     if on_progress:
                         on_progress(Progress(tensor.info.name, done, plan.data_bytes))
     except OSError as error:
-        raise GgufMoeError(f"{path}: cannot write: {error.strerror or error}") from None
+        raise GgufMoeError(f"{path}: not written: {error}") from None
 
 
 def check_target(plan: Plan, path: Path, *, force: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -73,17 +74,17 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType) -> Plan:
     """
     architecture = find_architecture(checkpoint.config)
     facts = architecture.facts(checkpoint.config)
-    vocabulary = read_vocabulary(checkpoint.directory, facts.vocabulary)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
+    vocabulary = read_vocabulary(checkpoint.directory, facts.vocabulary)
     if file_type.quantized:
         mapped.sort(key=_quantizer_order)
     tensors = _place(mapped, file_type, facts)
     metadata = _read_metadata(checkpoint.directory, mapped)
     keys = _keys(architecture, facts, vocabulary, metadata, file_type)
     header = encode_header(keys, [t.info for t in tensors])
-    name = gguf.naming_convention(
-        metadata.name, metadata.basename, metadata.finetune, metadata.version, metadata.size_label, file_type.name
-    )
+    general = gguf.Keys.General
+    parts = (general.NAME, general.BASENAME, general.FINETUNE, general.VERSION, general.SIZE_LABEL)
+    name = gguf.naming_convention(*(keys[key].value if key in keys else None for key in parts), file_type.name)
     return Plan(file_type, keys, tensors, header, f"{name}.gguf", (*vocabulary.notes, *_fallback_warning(tensors)))
 
 
@@ -137,10 +138,7 @@ def _keys(
     """All keys in the order of llama.cpp's converter, or of its quantizer, which sets two of them anew at the end."""
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    try:
-        metadata.set_gguf_meta_model(writer)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise GgufMoeError(f"model card: a field is not of the type GGUF wants: {error}") from None
+    _add_metadata(writer, metadata)
     architecture.add_keys(writer, facts)
     if not file_type.quantized:
         writer.add_file_type(file_type.id)
@@ -153,6 +151,25 @@ def _keys(
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(file_type.id)
     return dict(writer.kv_data[0])
+
+
+def _add_metadata(writer: gguf.GGUFWriter, metadata: gguf.Metadata) -> None:
+    """Add what the model card says. YAML reads `version: 1.0` as a number; GGUF wants it as text."""
+    try:
+        metadata.set_gguf_meta_model(writer)
+    except (TypeError, AttributeError, ValueError) as error:
+        raise GgufMoeError(f"README.md: a field of the model card has an unexpected type: {error}") from None
+    for key, item in writer.kv_data[0].items():
+        if item.type == gguf.GGUFValueType.STRING and not isinstance(item.value, str):
+            if isinstance(item.value, (dict, list)):
+                raise GgufMoeError(f"README.md: {key} would be {item.value!r}, expected text")
+            item.value = str(item.value)
+        elif item.type == gguf.GGUFValueType.ARRAY:
+            item.value = [str(element) for element in item.value]
+        try:
+            encode_header({key: item}, [])
+        except (struct.error, TypeError, ValueError) as error:
+            raise GgufMoeError(f"generation_config.json or README.md: {key} is {item.value!r}: {error}") from None
 
 
 def _fallback_warning(tensors: tuple[TensorPlan, ...]) -> list[str]:

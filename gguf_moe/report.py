@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gguf
 
-from gguf_moe.gguf_file import GgufFile, TensorInfo
+from gguf_moe.gguf_file import GgufFile
 from gguf_moe.plan import Plan
 
 SHOWN_ELEMENTS = 4  # of an array
@@ -62,7 +63,7 @@ def gguf_facts(file: GgufFile) -> dict[str, Any]:
     for tensor in file.tensors:
         entry = histogram.setdefault(tensor.type, {"tensors": 0, "weights": 0, "bytes": 0})
         entry["tensors"] += 1
-        entry["weights"] += _elements(tensor)
+        entry["weights"] += math.prod(tensor.shape)
         entry["bytes"] += tensor.nbytes
     weights = sum(entry["weights"] for entry in histogram.values())
     nbytes = sum(entry["bytes"] for entry in histogram.values())
@@ -109,13 +110,6 @@ def gguf_text(facts: dict[str, Any], *, tensors: bool) -> str:
 def printable(text: str) -> str:
     """Text from a file with everything escaped that a terminal could take for a command."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _elements(tensor: TensorInfo) -> int:
-    count = 1
-    for n in tensor.shape:
-        count *= n
-    return count
 
 
 def _file_type_name(number: Any) -> str:

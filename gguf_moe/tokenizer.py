@@ -65,7 +65,11 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     if path is None:
         raise GgufMoeError(f"{directory}: no tokenizer, expected {' or '.join(READERS)}")
     settings = _optional_json(directory / "tokenizer_config.json")
-    tokens, prefix, notes = READERS[path.name](path, settings)
+    try:
+        tokens, prefix, notes = READERS[path.name](path, settings)
+        special = _special_vocabulary(directory, size)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # JSON of another shape
+        raise GgufMoeError(f"{directory}: a tokenizer file holds something unexpected: {error!r}") from None
     surplus = sorted(i for i in tokens if i >= size)
     if surplus:
         texts = ", ".join(repr(tokens[i].text) for i in surplus[:4])
@@ -75,7 +79,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
         )
     padded = [tokens.get(i) or Token(f"[PAD{i}]", PAD_SCORE, gguf.TokenType.UNUSED) for i in range(size)]
     _check_distinct(path, padded)
-    return Vocabulary(path, padded, prefix, _special_vocabulary(directory, size), tuple(notes))
+    return Vocabulary(path, padded, prefix, special, tuple(notes))
 
 
 # A reader takes its file and tokenizer_config.json, and returns tokens by id, the space prefix if known, and notes.
@@ -193,10 +197,7 @@ def _space_prefix(path: Path, tokenizer: dict[str, Any]) -> tuple[bool, list[str
 def _special_vocabulary(directory: Path, size: int) -> gguf.SpecialVocab:
     """Special ids, add flags and chat templates, by the gguf package; the post-processor decides on bos and eos."""
     tokenizer = _optional_json(directory / "tokenizer.json")
-    try:
-        special = gguf.SpecialVocab(directory, n_vocab=size)
-    except (OSError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
-        raise GgufMoeError(f"{directory}: special tokens of the tokenizer files are unreadable: {error}") from None
+    special = gguf.SpecialVocab(directory, n_vocab=size)
     if tokenizer and not (directory / "tokenizer.model").is_file():
         special.add_special_token.setdefault("bos", False)
     special.add_special_token.update(_template_flags(tokenizer))

@@ -102,9 +102,11 @@ def _decode_signed(n_max: int):
 
 
 def _decode_affine(blocks: np.ndarray) -> np.ndarray:
+    d, m = from_f16(blocks["d"]), from_f16(blocks["m"])
+    m[np.isnan(d)] = 0  # of two NaN ggml keeps the first; NumPy keeps either, by version
     y = _codes(blocks).astype(F)
-    y *= from_f16(blocks["d"])[:, None]
-    y += from_f16(blocks["m"])[:, None]
+    y *= d[:, None]
+    y += m[:, None]
     return y
 
 

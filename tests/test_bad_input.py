@@ -84,12 +84,24 @@ CONFIG = {
         {"num_key_value_heads": 3},
         "num_attention_heads 4 is no multiple of num_key_value_heads 3",
     ),
-    "negative epsilon": ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected a positive number"),
+    "negative epsilon": ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected a positive 32-bit number"),
     "odd head size": ({"head_dim": 63}, "a head size of 63 is odd"),
     "rope type": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported yet"),
     "more layers": ({"num_hidden_layers": 5}, "tensors are absent: model.layers.4."),
     "fewer layers": ({"num_hidden_layers": 3}, "is of layer 3, but config.json says num_hidden_layers = 3"),
-    "vocabulary": ({"vocab_size": 4000}, "4096 tokens, but the embedding has 4000 rows (vocab_size)"),
+    "vocabulary": (
+        {"vocab_size": 4000},
+        "embed_tokens.weight has shape [4096, 256], expected [4000, 256] by config.json",
+    ),
+    "endless layers": ({"num_hidden_layers": 1 << 31}, "num_hidden_layers is 2147483648, llama.cpp takes 512 at most"),
+    "more than 32 bits": ({"max_position_embeddings": 1 << 40}, "max_position_embeddings is 1099511627776, expected"),
+    "float for an integer": ({"num_local_experts": 4.0}, "num_local_experts is 4.0, expected an integer of at least 1"),
+    "huge theta": (
+        {"rope_parameters": {"rope_theta": 1e300}},
+        "rope_theta is 1e+300, expected a positive 32-bit number",
+    ),
+    "rope a list": ({"rope_parameters": [1]}, "rope parameters are [1], expected an object"),
+    "nested architecture": ({"architectures": [["MixtralForCausalLM"]]}, "architecture ['MixtralForCausalLM'] is not"),
     "wider": ({"hidden_size": 512}, "shape [4096, 256], expected [4096, 512] by config.json"),
 }
 
@@ -147,6 +159,30 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "entry without dtype": (
         lambda m: edit_header(m / SHARD, lambda h: h[DOWN].pop("dtype")),
         f"{DOWN}: header entry lacks dtype, shape or data_offsets",
+    ),
+    "dtype no text": (
+        lambda m: edit_header(m / SHARD, lambda h: h[DOWN].update(dtype=["BF16"])),
+        f"{DOWN}: dtype ['BF16'], expected one of BF16, F16, F32",
+    ),
+    "card with a list for a name": (
+        lambda m: (m / "README.md").write_text("---\nname: [a, b]\n---\n"),
+        "README.md: general.name would be ['a', 'b'], expected text",
+    ),
+    "text for a temperature": (
+        lambda m: (m / "generation_config.json").write_text('{"temperature": "hot"}'),
+        "general.sampling.temp is 'hot'",
+    ),
+    "added token without text": (
+        lambda m: edit_json(m / "tokenizer.json", added_tokens=[{"id": 0}]),
+        "a tokenizer file holds something unexpected: KeyError('content')",
+    ),
+    "normalizer a list": (
+        lambda m: edit_json(m / "tokenizer.json", normalizer=[1]),
+        "a tokenizer file holds something unexpected",
+    ),
+    "settings a list": (
+        lambda m: (m / "tokenizer_config.json").write_text("[]"),
+        "tokenizer_config.json: holds a JSON list, expected an object",
     ),
     "broken model card": (
         lambda m: (m / "README.md").write_text("---\nname: [\n---\n"),

@@ -148,3 +148,12 @@ def plain_bits(path: Path, quant: str) -> tuple[float, float]:
     weights = sum(int(t.n_elements) for t in tensors)
     nominal = sum(int(t.n_elements) * nbytes / block if "ffn_down" in t.name else float(t.n_bytes) for t in tensors)
     return 8 * nominal / weights, 8 * sum(int(t.n_bytes) for t in tensors) / weights
+
+
+def test_numbers_in_the_model_card_become_text(run, tmp_path: Path) -> None:
+    directory = bundled().save(tmp_path / "card")
+    (directory / "README.md").write_text("---\nname: 7\nversion: 1.5\ntags: [moe, 4]\n---\n")
+    reader = gguf.GGUFReader(convert(run, directory, "BF16"))
+    assert reader.fields["general.name"].contents() == "7"
+    assert reader.fields["general.version"].contents() == "1.5"
+    assert reader.fields["general.tags"].contents() == ["moe", "4"]

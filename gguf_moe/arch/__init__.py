@@ -16,7 +16,7 @@ def find_architecture(config: Config) -> Architecture:
     """The family of the checkpoint; GgufMoeError with the supported ones when there is none."""
     names = config.values.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise GgufMoeError(
             f"{config.path}: architecture {name!r} is not supported, expected {' or '.join(ARCHITECTURES)}"
         )

@@ -11,6 +11,8 @@ from gguf_moe.arch.base import Architecture, Fused, ModelFacts, Template
 from gguf_moe.checkpoint import Config
 from gguf_moe.errors import GgufMoeError
 
+MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
+
 _LAYER = "model.layers.{layer}."
 _ATTENTION = _LAYER + "self_attn."
 _EXPERT = _LAYER + "block_sparse_moe.experts.{expert}."
@@ -73,6 +75,8 @@ def read_facts(config: Config) -> ModelFacts:
         raise GgufMoeError(
             f"{config.path}: num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}"
         )
+    if facts.layers > MAX_LAYERS:
+        raise GgufMoeError(f"{config.path}: num_hidden_layers is {facts.layers}, llama.cpp takes {MAX_LAYERS} at most")
     if not 2 <= facts.experts <= 128:
         raise GgufMoeError(f"{config.path}: num_local_experts is {facts.experts}, expected 2 to 128")
     if facts.experts_used > facts.experts:
