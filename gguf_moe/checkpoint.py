@@ -60,12 +60,10 @@ class Config:
     values: dict[str, Any]
 
     def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
-        """An integer of at least `minimum` that fits GGUF's 32 bits; GgufMoeError when it is missing without default."""
+        """An integer of at least `minimum` and of 32 bits, as GGUF has it; GgufMoeError for anything else."""
         value = self._get(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < 1 << 32:
-            raise GgufMoeError(
-                f"{self.path}: {name} is {value!r}, expected an integer of at least {minimum}, of 32 bits"
-            )
+            raise GgufMoeError(f"{self.path}: {name} is {value!r}, expected an integer of at least {minimum}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
