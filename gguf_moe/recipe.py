@@ -29,8 +29,7 @@ class FileType:
 
 
 def _file_type(name: str, default: str | None = None) -> FileType:
-    kind = name if name in ("BF16", "F16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0") else None
-    member = "ALL_F32" if name == "F32" else f"MOSTLY_{kind or name}"
+    member = "ALL_F32" if name == "F32" else f"MOSTLY_{name}"
     return FileType(name, int(gguf.LlamaFileType[member]), default or name)
 
 
@@ -42,6 +41,8 @@ FILE_TYPES: dict[str, FileType] = {
         _file_type("Q3_K_S", "Q3_K"),
         _file_type("Q3_K_M", "Q3_K"),
         _file_type("Q3_K_L", "Q3_K"),
+        _file_type("IQ4_XS"),
+        _file_type("IQ4_NL"),
         _file_type("Q4_0"),
         _file_type("Q4_1"),
         _file_type("Q4_K_S", "Q4_K"),
@@ -61,7 +62,7 @@ ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "Q8_0", 16: "BF16"}
 
 # Where a row is no multiple of the type's block, the type that llama.cpp takes instead; then F16.
-FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ _ATTN_OUTPUT: dict[str, tuple[str | None, str | None]] = {
     "Q3_K_L": (None, "Q5_K"),
     "Q4_K_S": ("Q5_K", None),
     "Q4_K_M": ("Q5_K", None),
+    "IQ4_NL": ("Q5_K", None),
+    "IQ4_XS": ("Q5_K", None),
 }
 
 
@@ -172,6 +175,8 @@ def _attn_v(file_type: FileType, index: int, facts: RecipeFacts) -> str | None:
         wanted = "Q6_K" if _more_bits(index, facts.layers) else None
     elif name == "Q4_K_S":
         wanted = "Q5_K" if index < 4 else None
+    elif name in ("IQ4_NL", "IQ4_XS"):
+        wanted = "Q5_K" if facts.heads // facts.kv_heads >= 4 else None
     if facts.seventy and (wanted or file_type.default) in ("Q3_K", "Q4_K"):
         wanted = "Q5_K"
     return "Q8_0" if facts.experts == 8 else wanted
@@ -189,6 +194,6 @@ def _ffn_down(file_type: FileType, index: int, layers: int) -> str | None:
         return "Q5_K"
     if name in ("Q4_K_M", "Q5_K_M"):
         return "Q6_K" if _more_bits(index, layers) else None
-    if name == "Q4_K_S":
+    if name in ("Q4_K_S", "IQ4_NL", "IQ4_XS"):
         return "Q5_K" if index < layers // 8 else None
     return None

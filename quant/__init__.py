@@ -23,16 +23,15 @@ def quantize(x: np.ndarray, fmt: str, importance: np.ndarray | None = None, *, d
     """Encode weights.
 
     x: float32 or float16 [..., columns], any strides, may be read-only; or uint16 bit patterns with dtype="bf16".
-    fmt: a name in FORMATS, any case. importance: not available yet, must be None.
+    fmt: a name in FORMATS, any case. importance: how much each column matters, float32 [columns], or [experts, columns]
+    for x [experts, ..., columns]; finite and not negative. As in ggml, Q8_0 and the formats of one weight ignore it.
     Returns uint8 [..., row bytes], rows without padding.
 
     Nothing is clamped: a scale may overflow to infinity, see `first_nonfinite_scale`.
     TypeError: the dtype of x. ValueError: unknown format or dtype name, no column axis, columns that are not a
-    multiple of the block length. NotImplementedError: importance given.
+    multiple of the block length, importance of another shape, negative or not finite.
     """
     form = format_named(fmt)
-    if importance is not None:
-        raise NotImplementedError(f"{form.name}: importance-weighted encoding is not available yet")
     x = np.asarray(x)
     _check_dtype(x, dtype)
     if x.ndim == 0:
@@ -41,10 +40,13 @@ def quantize(x: np.ndarray, fmt: str, importance: np.ndarray | None = None, *, d
     n = form.block_length
     out = np.empty((*x.shape[:-1], x.shape[-1] // n), form.dtype)
     encode = encoder(form.name)
+    weights = None if importance is None else _check_importance(importance, x)
     with np.errstate(all="ignore"):  # overflow, inf and NaN take the course ggml gives them
-        for source, target in _pieces(x, out, n):
-            blocks = _widen(source, dtype).reshape(-1, n)  # [blocks, n]
-            target[...] = encode(blocks, None).reshape(target.shape)
+        for at in _pieces(x.shape, n, whole_rows=weights is not None):
+            blocks = _widen(x[at], dtype).reshape(-1, n)  # [blocks, n]
+            w = None if weights is None else np.ascontiguousarray(weights[at]).reshape(-1, n)
+            target = out[_in_blocks(at, n)]
+            target[...] = encode(blocks, w, target.shape[-1]).reshape(target.shape)
     return _as_bytes(out)
 
 
@@ -58,8 +60,9 @@ def dequantize(data: np.ndarray, fmt: str) -> np.ndarray:
     out = np.empty((*blocks.shape[:-1], blocks.shape[-1] * n), np.float32)
     decode = decoder(form.name)
     with np.errstate(all="ignore"):
-        for target, source in _pieces(out, blocks, n):
-            target[...] = decode(np.ascontiguousarray(source).reshape(-1)).reshape(target.shape)
+        for at in _pieces(out.shape, n):
+            source = np.ascontiguousarray(blocks[_in_blocks(at, n)]).reshape(-1)
+            out[at] = decode(source).reshape(out[at].shape)
     return out
 
 
@@ -94,19 +97,38 @@ def _widen(piece: np.ndarray, dtype: str | None) -> np.ndarray:
     return np.ascontiguousarray(piece, np.float32)
 
 
-def _pieces(weights: np.ndarray, blocks: np.ndarray, n: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Matching parts of weights [..., columns] and blocks [..., columns / n], about PIECE weights each."""
-    columns = weights.shape[-1]
-    width = max(n, min(columns, PIECE // n * n))
-    height = max(1, PIECE // width)
-    for lead in np.ndindex(weights.shape[:-2]):
-        w, b = np.atleast_2d(weights[lead]), np.atleast_2d(blocks[lead])
-        for row in range(0, len(w), height):
-            for column in range(0, columns, width):
-                yield (
-                    w[row : row + height, column : column + width],
-                    b[row : row + height, column // n : (column + width) // n],
-                )
+def _check_importance(importance: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Importance as a read-only float32 view of x's shape."""
+    w = np.asarray(importance)
+    if w.dtype != np.float32:
+        raise TypeError(f"expected float32 importance, got {w.dtype}")
+    if w.shape not in ((x.shape[-1],), (x.shape[0], x.shape[-1])) or (w.ndim == 2 and x.ndim < 3):
+        stacked = f" or {[x.shape[0], x.shape[-1]]}, a row an expert" if x.ndim > 2 else ""
+        raise ValueError(f"importance has shape {list(w.shape)}, expected {[x.shape[-1]]}{stacked}")
+    bad = ~(np.isfinite(w) & (w >= 0))
+    if bad.any():
+        place = np.argwhere(bad)[0]
+        raise ValueError(f"importance{place.tolist()} is {w[tuple(place)]}, expected a finite number of at least 0")
+    if w.ndim == 2:
+        w = w.reshape(len(w), *(1,) * (x.ndim - 2), -1)
+    return np.broadcast_to(w, x.shape)
+
+
+def _pieces(shape: tuple[int, ...], n: int, *, whole_rows: bool = False) -> Iterator[tuple]:
+    """Indices that cut an array [..., columns] into parts of about PIECE weights, at multiples of n columns."""
+    columns = shape[-1]
+    width = columns if whole_rows else max(n, min(columns, PIECE // n * n))
+    height = max(1, PIECE // max(width, 1))
+    for lead in np.ndindex(shape[:-2]):
+        for row in range(0, shape[-2] if len(shape) > 1 else 1, height):
+            rows = (slice(row, row + height),) if len(shape) > 1 else ()
+            for column in range(0, columns, max(width, 1)):
+                yield (*lead, *rows, slice(column, column + width))
+
+
+def _in_blocks(at: tuple, n: int) -> tuple:
+    """The same part of the array of blocks."""
+    return (*at[:-1], slice(at[-1].start // n, at[-1].stop // n))
 
 
 def _as_bytes(blocks: np.ndarray) -> np.ndarray:

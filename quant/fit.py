@@ -21,8 +21,8 @@ LIMIT = F(2**22)  # below it (v + MAGIC) - MAGIC equals the bit formula
 
 
 def to_lanes(x: np.ndarray, length: int) -> np.ndarray:
-    """[blocks, n] to a contiguous [length, lanes]; the sub-blocks of a block are neighbouring lanes."""
-    return np.ascontiguousarray(x.reshape(-1, length).T)
+    """[blocks, n] to a contiguous [length, lanes], always a copy; the sub-blocks of a block are neighbouring lanes."""
+    return np.array(x.reshape(-1, length).T, order="C")
 
 
 def from_lanes(codes: np.ndarray, block_length: int) -> np.ndarray:
@@ -30,15 +30,19 @@ def from_lanes(codes: np.ndarray, block_length: int) -> np.ndarray:
     return np.ascontiguousarray(codes.astype(np.uint8).T).reshape(-1, block_length)
 
 
-def total(a: np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
-    """Sum of each lane in element order, started at +0. a: [element, lanes]. Returns [lanes].
+def total(a: np.ndarray, out: np.ndarray | None = None, *, start: np.floating | None = ZERO) -> np.ndarray:
+    """Sum of each lane in element order. a: [element, lanes]. Returns [lanes].
+
+    start: +0, or None for the first element itself, which keeps the sign of a sum of negative zeros.
 
     NumPy reduces the outer axis of a C-contiguous array row after row. With a single lane it would drop the lane axis
     and sum pairwise, hence the second way, which is always in order.
     """
     if a.shape[1] > 1:
-        return np.add.reduce(a, axis=0, out=out, initial=ZERO)
-    last = np.add.accumulate(a, axis=0)[-1] + ZERO
+        return np.add.reduce(a, axis=0, out=out, initial=start)
+    last = np.add.accumulate(a, axis=0)[-1]
+    if start is not None:
+        last = last + start
     if out is None:
         return last
     out[...] = last
@@ -121,9 +125,17 @@ def peak(x: np.ndarray, bounds=None) -> tuple[np.ndarray, np.ndarray]:
 
 
 def affine(
-    x: np.ndarray, w: np.ndarray, n_max: int, r0: float, r1: float, last_step: int, absolute: bool = False
+    x: np.ndarray,
+    w: np.ndarray,
+    n_max: int,
+    r0: float,
+    r1: float,
+    last_step: int,
+    absolute: bool = False,
+    guarded: bool = False,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fit x ~ scale * code - offset, codes 0..n_max, offset >= 0, with weights w. Source: ggml's make_qkx2_quants.
+    """Fit x ~ scale * code - offset, codes 0..n_max, offset >= 0, with weights w. Source: ggml's make_qkx2_quants,
+    and with `guarded` its make_qkx3_quants, which clamps before it rounds (ggml from 0.26 on).
 
     x, w: float32 [element, lanes]. Tries ranges (r0 + r1 * t + n_max), t = 0..last_step, each refined by weighted
     least squares, keeps the smallest error (absolute, else squared). Returns scale, offset [lanes] and the codes
@@ -136,12 +148,16 @@ def affine(
     flat = high == low
     high = np.where(flat, INF, high)  # range inf: multiplier 0, codes 0, no division by zero
     codes, work, wl = np.empty_like(x), np.empty_like(x), w * x
-    sum_w, sum_x = total(w), total(wl)
+    sum_w, sum_x = total(w), total(wl, start=None)  # ggml starts these two with their first terms
 
-    def encode(s: np.ndarray, shift: np.ndarray) -> None:
+    def encode(s: np.ndarray, shift: np.ndarray, guarded: bool = False) -> None:
         np.subtract(x, shift, out=codes)
         np.multiply(codes, s, out=codes)
         reach = (ends - shift) * s  # rounding is monotone: the products of the extremes bound the others
+        if guarded:
+            np.copyto(codes, ZERO, where=~(codes > 0))
+            np.minimum(codes, F(n_max), out=codes)
+            reach = np.fmax(np.fmin(reach, F(n_max)), ZERO)
         round_codes(codes, 0, n_max, np.minimum.reduce(reach, axis=None), np.maximum.reduce(reach, axis=None))
 
     def error(scale: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -160,9 +176,10 @@ def affine(
     encode(kept_s, kept_low)
     best = error(scale, low)
     best[flat] = -INF  # never improved on
+    first = np.ones(best.shape, bool)  # lanes whose best is still the first pass, which is never guarded
     for t in range(last_step + 1):
         s = (F(r0) + F(r1) * F(t) + F(n_max)) / (high - low)
-        encode(s, low)
+        encode(s, low, guarded)
         np.multiply(w, codes, out=wl)
         a = total(wl)
         np.multiply(wl, codes, out=work)
@@ -182,7 +199,12 @@ def affine(
             scale = np.where(better, sigma, scale)
             kept_s, kept_low = np.where(better, s, kept_s), np.where(better, low, kept_low)
             low = np.where(better, mu, low)
+            first &= ~better
     encode(kept_s, kept_low)
+    if guarded:
+        unguarded = codes[:, first]
+        encode(kept_s, kept_low, guarded)
+        codes[:, first] = unguarded
     scale[flat] = 0
     return scale, -low, codes
 

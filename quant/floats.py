@@ -52,7 +52,7 @@ def from_bf16(bits: np.ndarray) -> np.ndarray:
 def _codec(name: str, to_field, from_field) -> tuple:
     dtype = FORMATS[name].dtype
 
-    def encode(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    def encode(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
         return to_field(x[:, 0]).astype(dtype["x"], copy=False).view(dtype)
 
     def decode(blocks: np.ndarray) -> np.ndarray:

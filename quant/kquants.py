@@ -1,8 +1,9 @@
 """Q2_K, Q3_K, Q4_K, Q5_K and Q6_K: blocks of 256 weights, a scale for each sub-block of 16 or 32, the scales quantized.
 
-Encoders take x float32 [blocks, 256] and importance (None), return the records [blocks]. Decoders return float32
+Encoders take x and importance (or None), float32 [blocks, 256], return the records [blocks]. Decoders return float32
 [blocks, 256]. All encoders go the same way: search scale and codes of each sub-block, quantize the scales of a block
-together, then quantize the weights once more with the scales a decoder will see. Source: ggml's quantize_row_q*_K_ref.
+together, then quantize the weights once more with the scales a decoder will see. Source: ggml's quantize_row_q*_K_ref,
+and quantize_row_q*_K_impl where importance is given.
 
 Arrays over sub-blocks are [blocks, sub-blocks] or, flat, [lanes] with lane = block * sub-blocks + sub-block.
 """
@@ -37,6 +38,7 @@ from .packing import (
     unpack_scales_16x6,
     unpack_scales_and_mins,
 )
+from .weighted import importance_weights, positive, sum_of_squares
 
 BLOCK = 256
 
@@ -93,12 +95,30 @@ def _divide(x, delta, codes, dead, low: int, high: int, bottom, top) -> None:
         codes[:, dead] = kept
 
 
-def encode_q2_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def _fit_affine(x, lanes, importance, sigma2_factor: int, n_max: int, s_max: int):
+    """Scale and offset of each sub-block, and their codes, by the search with importance.
+
+    Returns codes [element, lanes] of the weights, s and m uint8 [blocks, subs], and their units float32 [blocks].
+    """
+    subs = x.shape[1] // len(lanes)
+    sigma2 = (F(sigma2_factor) * sum_of_squares(x)) / F(BLOCK)
+    w = importance_weights(lanes, to_lanes(importance, len(lanes)), sigma2)
+    scale, offset, codes = affine(lanes, w, n_max, -0.9, 0.05, 36, guarded=True)
+    by_block = np.ascontiguousarray(total(w).reshape(-1, subs).T)  # [subs, blocks]
+    unit_s, s = positive(np.ascontiguousarray(scale.reshape(-1, subs).T), by_block, s_max)
+    unit_m, m = positive(np.ascontiguousarray(offset.reshape(-1, subs).T), by_block, s_max)
+    return codes, s.T, m.T, unit_s, unit_m
+
+
+def encode_q2_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
     """(d * s) * q - (dmin * m), s and m nibbles, q 2 bits, 16 sub-blocks."""
     lanes = to_lanes(x, 16)
-    scale, offset, codes = affine(lanes, np.abs(lanes), 3, -0.5, 0.1, 15, absolute=True)
-    s, unit_s = _to_unsigned_codes(scale.reshape(-1, 16), 15)
-    m, unit_m = _to_unsigned_codes(offset.reshape(-1, 16), 15)
+    if importance is None:
+        scale, offset, codes = affine(lanes, np.abs(lanes), 3, -0.5, 0.1, 15, absolute=True)
+        s, unit_s = _to_unsigned_codes(scale.reshape(-1, 16), 15)
+        m, unit_m = _to_unsigned_codes(offset.reshape(-1, 16), 15)
+    else:
+        codes, s, m, unit_s, unit_m = _fit_affine(x, lanes, importance, 1, 3, 15)
     out = np.empty(len(x), FORMATS["Q2_K"].dtype)
     out["d"], out["dmin"] = to_f16(unit_s), to_f16(unit_m)
     # A negative or wild code is cut to the byte, spoiling its neighbour, and read back from there, as in ggml.
@@ -114,17 +134,25 @@ def decode_q2_k(blocks: np.ndarray) -> np.ndarray:
     return _decode_affine(blocks, q, blocks["scales"] & 15, blocks["scales"] >> 4)
 
 
-def encode_q3_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def encode_q3_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
     """(d * (u - 32)) * (q - 4), u 6 bits, q 3 bits, 16 sub-blocks."""
     lanes = to_lanes(x, 16)
-    scale, codes = coordinate(lanes, 4)
-    scale = scale.reshape(-1, 16)
-    _, largest = peak(np.ascontiguousarray(scale.T))
-    inverse = F(-32) / largest
-    s = clamp(near(inverse[:, None] * scale).astype(np.int8), -32, 31)
-    s[largest == 0] = -32  # u = 0
+    if importance is None:
+        scale, codes = coordinate(lanes, 4)
+        scale = scale.reshape(-1, 16)
+        _, largest = peak(np.ascontiguousarray(scale.T))
+        inverse = F(-32) / largest
+        s = clamp(near(inverse[:, None] * scale).astype(np.int8), -32, 31)
+        s[largest == 0] = -32  # u = 0
+        d = np.where(largest != 0, F(1) / inverse, ZERO)
+    else:
+        w = importance_weights(lanes, to_lanes(importance, 16), (F(2) * sum_of_squares(x)) / F(BLOCK))
+        scale, codes = symmetric(lanes, w, 4)
+        by_block = np.ascontiguousarray(total(w).reshape(-1, 16).T)
+        d, u = symmetric(np.ascontiguousarray(scale.reshape(-1, 16).T), by_block, 32)
+        s = (u.T - F(32)).astype(np.int8)
     out = np.empty(len(x), FORMATS["Q3_K"].dtype)
-    out["d"] = to_f16(np.where(largest != 0, F(1) / inverse, ZERO))
+    out["d"] = to_f16(d)
     out["scales"] = pack_scales_16x6((s + np.int8(32)).view(np.uint8))
     _requantize_signed(lanes, codes, out["d"], s, 4)
     q = from_lanes(codes, BLOCK)
@@ -141,18 +169,24 @@ def decode_q3_k(blocks: np.ndarray) -> np.ndarray:
     return _decode_signed(blocks, q, s, 4)
 
 
-def _encode_q45_k(x: np.ndarray, fmt: str, n_max: int, r0: float, last_step: int) -> np.ndarray:
+def _encode_q45_k(x, importance, fmt: str, n_max: int, r0: float, last_step: int) -> np.ndarray:
     lanes = to_lanes(x, 32)
-    w = lanes * lanes
-    rms = np.sqrt(total(w) / F(32))
-    np.add(np.abs(lanes, out=w), rms, out=w)
-    scale, offset, codes = affine(lanes, w, n_max, r0, 0.1, last_step)
-    s, unit_s = _to_unsigned_codes(scale.reshape(-1, 8), 63)
-    m, unit_m = _to_unsigned_codes(offset.reshape(-1, 8), 63)
-    s, m = (np.minimum(c.astype(np.uint8), np.uint8(63)) for c in (s, m))  # the low 8 bits first
+    if importance is None:
+        w = lanes * lanes
+        rms = np.sqrt(total(w) / F(32))
+        np.add(np.abs(lanes, out=w), rms, out=w)
+        scale, offset, codes = affine(lanes, w, n_max, r0, 0.1, last_step)
+        s, unit_s = _to_unsigned_codes(scale.reshape(-1, 8), 63)
+        m, unit_m = _to_unsigned_codes(offset.reshape(-1, 8), 63)
+    else:
+        codes, s, m, unit_s, unit_m = _fit_affine(x, lanes, importance, 2, n_max, 63)
+    s, m = s.astype(np.uint8), m.astype(np.uint8)  # the low 8 bits, and only then the limit
+    if importance is None or fmt == "Q5_K":  # ggml forgets it in Q4_K with importance
+        s, m = np.minimum(s, np.uint8(63)), np.minimum(m, np.uint8(63))
     out = np.empty(len(x), FORMATS[fmt].dtype)
     out["d"], out["dmin"] = to_f16(unit_s), to_f16(unit_m)
     out["scales"] = pack_scales_and_mins(s, m)
+    s, m = unpack_scales_and_mins(out["scales"])
     _requantize_affine(lanes, codes, out["d"], s, out["dmin"], m, n_max)
     q = from_lanes(codes, BLOCK)
     out["qs"] = join_planes(q, 4, 32)
@@ -161,14 +195,14 @@ def _encode_q45_k(x: np.ndarray, fmt: str, n_max: int, r0: float, last_step: int
     return out
 
 
-def encode_q4_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def encode_q4_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
     """(d * s) * q - (dmin * m), s and m 6 bits, q 4 bits, 8 sub-blocks."""
-    return _encode_q45_k(x, "Q4_K", 15, -1.0, 20)
+    return _encode_q45_k(x, importance, "Q4_K", 15, -1.0, 20)
 
 
-def encode_q5_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def encode_q5_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
     """(d * s) * q - (dmin * m), s and m 6 bits, q 5 bits, 8 sub-blocks."""
-    return _encode_q45_k(x, "Q5_K", 31, -0.5, 15)
+    return _encode_q45_k(x, importance, "Q5_K", 31, -0.5, 15)
 
 
 def decode_q4_k(blocks: np.ndarray) -> np.ndarray:
@@ -183,10 +217,11 @@ def decode_q5_k(blocks: np.ndarray) -> np.ndarray:
     return _decode_affine(blocks, q, *unpack_scales_and_mins(blocks["scales"]))
 
 
-def encode_q6_k(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def encode_q6_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
     """(d * s) * (q - 32), s 8 bits signed, q 6 bits, 16 sub-blocks."""
     lanes = to_lanes(x, 16)
-    scale, codes = symmetric(lanes, lanes * lanes, 32)
+    w = lanes * lanes if importance is None else to_lanes(importance, 16)
+    scale, codes = symmetric(lanes, w, 32)
     scale = scale.reshape(-1, 16)
     amax, largest = peak(np.ascontiguousarray(scale.T))
     inverse = F(-128) / largest

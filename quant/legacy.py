@@ -1,17 +1,19 @@
 """Q4_0, Q4_1, Q5_0, Q5_1 and Q8_0: 32 weights, one scale, codes by one direct rounding.
 
-Encoders take x float32 [blocks, 32] and importance (None), return the records [blocks]. Decoders return float32
-[blocks, 32]. Field names and formulas as in ggml's quantize_row_q4_0_ref .. quantize_row_q8_0_ref.
+Encoders take x and importance (or None), float32 [blocks, 32], return the records [blocks]. Decoders return float32
+[blocks, 32]. Field names and formulas as in ggml's quantize_row_q4_0_ref .. quantize_row_q8_0_ref, and, with a search
+instead of the direct rounding, quantize_row_q4_0_impl .. quantize_row_q5_1_impl where importance is given.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from .fit import ZERO, F, extremes, from_lanes, peak, strict_extremes, to_lanes
+from .fit import ZERO, F, affine, extremes, from_lanes, peak, strict_extremes, symmetric, to_lanes
 from .floats import from_f16, to_f16
 from .formats import FORMATS
 from .packing import join_bits, join_planes, split_bits, split_planes
+from .weighted import importance_weights, row_mean_square
 
 FLT_MAX = np.finfo(np.float32).max
 
@@ -29,7 +31,11 @@ def _inverse(d: np.ndarray) -> np.ndarray:
 def _encode_signed(fmt: str, n_max: int):
     """Q4_0 and Q5_0: x ~ d * (q - n_max); d from the signed value of largest magnitude, so q = 0 is hit exactly."""
 
-    def encode(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    def encode(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
+        if importance is not None:
+            lanes, w = _weigh(x, importance, row_blocks)
+            scale, codes = symmetric(lanes, w, n_max)
+            return _pack(fmt, from_lanes(codes, 32), scale)
         x = to_lanes(x, 32)
         bounds = extremes(x)
         _, m = peak(x, bounds)
@@ -50,7 +56,11 @@ def _encode_signed(fmt: str, n_max: int):
 def _encode_affine(fmt: str, n_max: int):
     """Q4_1 and Q5_1: x ~ d * q + m, m the smallest value, d the range over n_max."""
 
-    def encode(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+    def encode(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
+        if importance is not None:
+            lanes, w = _weigh(x, importance, row_blocks)
+            scale, offset, codes = affine(lanes, w, n_max, -0.9, 0.05, 36, guarded=True)
+            return _pack(fmt, from_lanes(codes, 32), scale, -offset)
         x = to_lanes(x, 32)
         bounds = extremes(x)
         low, high = strict_extremes(x, bounds, start=(FLT_MAX, -FLT_MAX))
@@ -69,6 +79,12 @@ def _encode_affine(fmt: str, n_max: int):
         return _pack(fmt, from_lanes(q, 32), d, low)
 
     return encode
+
+
+def _weigh(x: np.ndarray, importance: np.ndarray, row_blocks: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lanes of x and their weights; the mean square under the root is the whole row's."""
+    lanes = to_lanes(x, 32)
+    return lanes, importance_weights(lanes, to_lanes(importance, 32), row_mean_square(x, row_blocks))
 
 
 def _pack(fmt: str, q: np.ndarray, d: np.ndarray, m: np.ndarray | None = None) -> np.ndarray:
@@ -110,7 +126,7 @@ def _decode_affine(blocks: np.ndarray) -> np.ndarray:
     return y
 
 
-def encode_q8_0(x: np.ndarray, importance: np.ndarray | None) -> np.ndarray:
+def encode_q8_0(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
     """x ~ d * q, q -127..127, rounded half away from zero. Importance has no effect, as in ggml."""
     v = to_lanes(x, 32)
     low, high = extremes(v)

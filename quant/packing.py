@@ -103,3 +103,21 @@ def pack_scales_16x6(u: np.ndarray) -> np.ndarray:
 def unpack_scales_16x6(packed: np.ndarray) -> np.ndarray:
     """The inverse of `pack_scales_16x6`: uint8 [blocks, 12] to uint8 [blocks, 16] below 64."""
     return split_planes(packed[:, :8], 4, 8) | split_planes(packed[:, 8:], 2, 4) << 4
+
+
+def pack_scales_8x6(u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Eight 6-bit scales in a nibble and two bits each (IQ4_XS).
+
+    u: uint8 [blocks, 8], below 64. Returns sl uint8 [blocks, 4] and sh uint16 [blocks]:
+
+        sl, byte i:  u[2i+1] 3:0 | u[2i] 3:0          sh, bits 2j+1 and 2j:  u[j] 5:4
+    """
+    sl = join_planes(u, 4, 1)
+    high = join_planes(u >> 4, 2, 1)  # [blocks, 2]
+    return sl, high.view("<u2")[:, 0]
+
+
+def unpack_scales_8x6(sl: np.ndarray, sh: np.ndarray) -> np.ndarray:
+    """The inverse of `pack_scales_8x6`: uint8 [blocks, 8] below 64."""
+    high = np.ascontiguousarray(sh).view(np.uint8).reshape(-1, 2)
+    return split_planes(np.ascontiguousarray(sl), 4, 1) | split_planes(high, 2, 1) << 4

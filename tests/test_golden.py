@@ -14,7 +14,7 @@ QUANTS = sorted(path.name.split(".")[1] for path in GOLDEN.glob("tidepool-spm.*.
 
 
 def test_the_golden_set_is_whole() -> None:
-    assert len(QUANTS) == 17
+    assert len(QUANTS) == 19
 
 
 @pytest.mark.parametrize("quant", QUANTS)

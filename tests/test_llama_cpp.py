@@ -61,7 +61,7 @@ def test_perplexity_of_four_bits_is_the_golden_one(made) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", [n for n in EVALUATION["files"] if "imatrix" not in n and "IQ4" not in n])
+@pytest.mark.parametrize("name", [n for n in EVALUATION["files"] if "imatrix" not in n])
 def test_perplexity_of_every_level_is_the_golden_one(name: str, made) -> None:
     text = (DATA / "text" / "eval.txt").read_text()
     with Llama(made("spm", name.split()[1]), exact=False) as model:

@@ -32,6 +32,8 @@ Q5_1   | Q5_1:225 Q6_K:1 | Q5_1:161 Q6_K:1 Q8_0:64 | Q5_1:224 Q6_K:1 | Q5_1:561 
 Q5_K_S | Q5_K:225 Q6_K:1 | Q5_K:161 Q6_K:1 Q8_0:64 | Q5_K:224 Q6_K:1 | Q5_K:561 Q6_K:1
 Q5_K_M | Q5_K:193 Q6_K:33 | Q5_K:145 Q6_K:17 Q8_0:64 | Q5_K:192 Q6_K:33 | Q5_K:481 Q6_K:81
 Q6_K   | Q6_K:226 | Q6_K:162 Q8_0:64 | Q6_K:225 | Q6_K:562
+IQ4_NL | IQ4_NL:189 Q5_K:36 Q6_K:1 | IQ4_NL:125 Q5_K:36 Q6_K:1 Q8_0:64 | IQ4_NL:220 Q5_K:4 Q6_K:1 | IQ4_NL:471 Q5_K:90 Q6_K:1
+IQ4_XS | IQ4_XS:189 Q5_K:36 Q6_K:1 | IQ4_XS:125 Q5_K:36 Q6_K:1 Q8_0:64 | IQ4_XS:220 Q5_K:4 Q6_K:1 | IQ4_XS:471 Q5_K:90 Q6_K:1
 Q8_0   | Q8_0:226 | Q8_0:226 | Q8_0:225 | Q8_0:562
 """.strip().splitlines()  # noqa: E501
 PER_LAYER = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")

@@ -175,3 +175,24 @@ def float_patterns(rng, rows):
 @_family
 def bf16_patterns(rng, rows):
     return _bits_to_floats(rng.integers(0, 2**16, (rows, COLUMNS), np.uint32) << np.uint32(16))
+
+
+def importances(seed: int, columns: int) -> dict[str, np.ndarray]:
+    """Importance vectors float32 [columns]: ordinary ones, and those that leave a sub-block almost or quite without."""
+    rng = np.random.default_rng(seed)
+    magnitude = np.abs(rng.standard_normal(columns))
+    vectors = {
+        "magnitudes": magnitude,
+        "ones": np.ones(columns),
+        "half zeros": magnitude * (rng.random(columns) < 0.5),
+        "mostly zeros": magnitude * (rng.random(columns) < 0.05),
+        "zeros": np.zeros(columns),
+        "sub-blocks of zeros": np.repeat(rng.random(columns // 16) < 0.5, 16),
+        "log-normal": rng.lognormal(0, 4, columns),
+        "24 decades": 10.0 ** rng.uniform(-12, 12, columns),
+        "68 decades": 10.0 ** rng.uniform(-38, 30, columns),
+        "squares": rng.chisquare(1, columns),
+        "tiny": np.full(columns, 1e-20),
+        "subnormal": np.full(columns, 1e-41),
+    }
+    return {name: vector.astype(np.float32) for name, vector in vectors.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import platform
+import re
 from functools import cache
 from pathlib import Path
 
@@ -62,13 +63,14 @@ class Ggml:
         self._library.ggml_version.restype = ctypes.c_char_p
         self.version = self._library.ggml_version().decode()
 
-    def quantize(self, x: np.ndarray, fmt: str) -> np.ndarray:
-        """float32 [rows, columns] to uint8 [rows, row bytes]."""
+    def quantize(self, x: np.ndarray, fmt: str, importance: np.ndarray | None = None) -> np.ndarray:
+        """float32 [rows, columns] to uint8 [rows, row bytes]; importance: float32 [columns]."""
         assert x.dtype == np.float32
         assert x.flags.c_contiguous
         rows, columns = x.shape
         out = np.empty((rows, FORMATS[fmt].row_bytes(columns)), np.uint8)
-        written = self._quantize(FORMATS[fmt].ggml_id, x.ctypes.data, out.ctypes.data, 0, rows, columns, None)
+        weights = None if importance is None else importance.ctypes.data
+        written = self._quantize(FORMATS[fmt].ggml_id, x.ctypes.data, out.ctypes.data, 0, rows, columns, weights)
         assert written == out.nbytes
         return out
 
@@ -80,7 +82,9 @@ class Ggml:
         out = np.empty((len(data), data.shape[1] // form.block_bytes * form.block_length), np.float32)
         if fmt == "F32":
             return data.view(np.float32).copy()
-        name = _DECODERS.get(fmt) or "dequantize_row_" + fmt.replace("Q", "q")
+        name = _DECODERS.get(fmt) or "dequantize_row_" + re.sub("I?Q", lambda m: m[0].lower(), fmt).replace(
+            "_NL", "_nl"
+        ).replace("_XS", "_xs")
         function = getattr(self._library, name)
         function.restype = None
         function(*map(ctypes.c_void_p, (data.ctypes.data, out.ctypes.data)), ctypes.c_int64(out.size))

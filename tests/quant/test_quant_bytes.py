@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import oracle
 import pytest
-from families import COLUMNS, FAMILIES, draw
+from families import COLUMNS, FAMILIES, draw, importances
 
 import quant
 from quant import FORMATS, dequantize, first_nonfinite_scale, quantize
@@ -38,6 +38,20 @@ def assert_same_floats(ours: np.ndarray, theirs: np.ndarray, fmt: str, what: str
         i = tuple(wrong[0])
         raise AssertionError(f"{fmt}, {what}: {len(wrong)} weights differ; {i}: ours {a[i]:08x} theirs {b[i]:08x}")
     return a.size // FORMATS[fmt].block_length
+
+
+def compare_weighted(fmt: str, blocks: int, seed: int, columns: int = 768) -> int:
+    """At least `blocks` blocks with importance, all families by all vectors, against current ggml; the count."""
+    ggml = oracle.load("xllamacpp")
+    vectors = importances(seed, columns)
+    rows = -(-blocks * FORMATS[fmt].block_length // (columns * len(FAMILIES) * len(vectors)))
+    compared = 0
+    for family in FAMILIES:
+        x = draw(family, seed, 3 * rows).reshape(rows, columns)
+        for name, w in vectors.items():
+            ours, theirs = quantize(x, fmt, w), ggml.quantize(x, fmt, w)
+            compared += assert_same_blocks(ours, theirs, fmt, x, f"{family}, importance {name}")
+    return compared
 
 
 def compare(ggml: oracle.Ggml, fmt: str, blocks: int, seed: int) -> tuple[int, int]:
@@ -115,3 +129,28 @@ def test_not_finite_weights(fmt, value):
 def test_the_reference_is_the_version_it_should_be():
     assert oracle.load("libggml-python").version == "0.20.2"
     assert oracle.load("xllamacpp").version != "0.20.2"
+
+
+@pytest.mark.parametrize("fmt", FORMAT_NAMES)
+def test_same_bytes_as_ggml_with_importance(fmt):
+    assert compare_weighted(fmt, 20_000, seed=11) >= 20_000
+
+
+@pytest.mark.parametrize("fmt", FORMAT_NAMES)
+def test_same_bytes_as_ggml_with_importance_in_small_pieces(fmt, monkeypatch):
+    monkeypatch.setattr(quant, "PIECE", 768)
+    assert compare_weighted(fmt, 2000, seed=12) >= 2000
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fmt", FORMAT_NAMES)
+def test_same_bytes_as_ggml_with_importance_in_many_blocks(fmt):
+    assert compare_weighted(fmt, 200_000, seed=2000) >= 200_000
+
+
+@pytest.mark.parametrize("fmt", FORMAT_NAMES)
+def test_a_row_of_importance_for_each_expert(fmt):
+    x = np.stack([draw("student", seed, 24).reshape(8, 768) for seed in range(3)])  # [experts, rows, columns]
+    w = np.stack([importances(seed, 768)["squares"] for seed in range(3)])
+    for ours, expert, weights in zip(quantize(x, fmt, w), x, w):
+        assert_same_blocks(ours, oracle.load("xllamacpp").quantize(expert, fmt, weights), fmt, expert, "an expert")

@@ -24,6 +24,23 @@ GOLDEN = {
     "Q4_K": ("d5f0fbc0", "3212391eeff6abf2", "e340d04a"),
     "Q5_K": ("46e37bda", "e70d2f1ef1f7acf2", "adf65e97"),
     "Q6_K": ("08fc8874", "5e488df0965d5d5f", "a3e511ae"),
+    "IQ4_NL": ("f3e44af3", "5499c355b7a84a32", "62ae5196"),
+    "IQ4_XS": ("711833e6", "1286ff03bca80d29", "6d3f3be9"),
+}
+# format: CRC-32 of all blocks and first 8 bytes, with importance
+WITH_IMPORTANCE = {
+    "Q4_0": ("add3b2c7", "16a9b366b7a85a33"),
+    "Q4_1": ("f0cc760b", "8d28e2b22b983746"),
+    "Q5_0": ("25f75f33", "1aa5980ccdd377bc"),
+    "Q5_1": ("6f58d287", "852427b32373322c"),
+    "Q8_0": ("d936730c", "3119491f0d00e64e"),
+    "Q2_K": ("96c4a924", "4b77bfbd7b6768ad"),
+    "Q3_K": ("0f65018b", "7e8041fd9332fdf5"),
+    "Q4_K": ("3fcb789a", "7f12611eedf2acef"),
+    "Q5_K": ("742fac4b", "100e491ef0f8aaf3"),
+    "Q6_K": ("cf78fd5b", "5e488df0975c5d5f"),
+    "IQ4_NL": ("cb918dee", "0a99c255b7b84a32"),
+    "IQ4_XS": ("8c9c47f2", "0506003c4568f307"),
 }
 
 
@@ -45,7 +62,7 @@ def golden_weights() -> np.ndarray:
 
 
 def test_every_block_format_has_golden_values():
-    assert set(GOLDEN) == set(FORMATS) - {"F32", "F16", "BF16"}
+    assert set(GOLDEN) == set(WITH_IMPORTANCE) == set(FORMATS) - {"F32", "F16", "BF16"}
 
 
 @pytest.mark.parametrize("fmt", GOLDEN)
@@ -55,3 +72,12 @@ def test_golden_checksums(fmt):
     assert data[0, :8].tobytes().hex() == first
     assert f"{zlib.crc32(data.tobytes()):08x}" == blocks
     assert f"{zlib.crc32(dequantize(data, fmt).astype('<f4').tobytes()):08x}" == decoded
+
+
+@pytest.mark.parametrize("fmt", WITH_IMPORTANCE)
+def test_golden_checksums_with_importance(fmt):
+    importance = (((7919 * np.arange(512)) % 1000 + 1) / 256).astype("<f4")
+    assert f"{zlib.crc32(importance.tobytes()):08x}" == "03f35c60"
+    data = quantize(golden_weights(), fmt, importance)
+    assert data[0, :8].tobytes().hex() == WITH_IMPORTANCE[fmt][1]
+    assert f"{zlib.crc32(data.tobytes()):08x}" == WITH_IMPORTANCE[fmt][0]

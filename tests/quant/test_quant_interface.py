@@ -50,6 +50,13 @@ def test_any_case_of_the_name():
     assert dequantize(quantize(x, "bf16"), "Bf16").shape == x.shape
 
 
+def _one_wrong(value: float) -> np.ndarray:
+    """Importance of 256 columns with one value that is not allowed."""
+    w = np.ones(256, np.float32)
+    w[7] = value
+    return w
+
+
 @pytest.mark.parametrize(
     ("error", "match", "call"),
     [
@@ -65,7 +72,16 @@ def test_any_case_of_the_name():
         (TypeError, r"bf16.*uint16.*float32", lambda x: quantize(x, "Q8_0", dtype="bf16")),
         (TypeError, r"expected float32", lambda x: quantize(x.astype(x.dtype.newbyteorder()), "Q8_0")),
         (ValueError, r"'f8'", lambda x: quantize(x, "Q8_0", dtype="f8")),
-        (NotImplementedError, r"importance", lambda x: quantize(x, "Q4_K", np.ones(256, np.float32))),
+        (ValueError, r"importance has shape \[3\], expected \[256\]", lambda x: quantize(x, "Q4_K", x[0, :3])),
+        (TypeError, r"expected float32 importance, got float64", lambda x: quantize(x, "Q4_K", np.ones(256))),
+        (ValueError, r"importance\[7\] is -1.0, expected a finite", lambda x: quantize(x, "Q4_K", _one_wrong(-1))),
+        (ValueError, r"importance\[7\] is nan, expected a finite", lambda x: quantize(x, "Q8_0", _one_wrong(np.nan))),
+        (ValueError, r"importance\[7\] is inf, expected a finite", lambda x: quantize(x, "Q4_0", _one_wrong(np.inf))),
+        (
+            ValueError,
+            r"importance has shape \[3, 256\], expected \[256\] or \[2, 256\], a row an expert",
+            lambda x: quantize(np.stack([x, x]), "Q4_K", np.ones((3, 256), np.float32)),
+        ),
         (ValueError, r"Q4_K.*145.*144", lambda x: dequantize(np.zeros((2, 145), np.uint8), "Q4_K")),
         (ValueError, r"Q6_K.*209.*210", lambda x: first_nonfinite_scale(np.zeros(209, np.uint8), "Q6_K")),
         (ValueError, r"scalar", lambda x: dequantize(np.uint8(1), "Q8_0")),
@@ -143,3 +159,14 @@ def test_the_package_needs_numpy_only():
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 names = [node.module]
             assert {name.split(".")[0] for name in names} <= allowed, path
+
+
+@pytest.mark.parametrize("fmt", FORMAT_NAMES)
+def test_the_weights_are_left_as_they_are(fmt):
+    """One block alone is its own transpose, so a view would do for a copy."""
+    x = draw("normal", 3, 1)[:, : FORMATS[fmt].block_length]
+    before, w = x.copy(), np.ones(x.shape[1], np.float32)
+    quantize(x, fmt)
+    quantize(x, fmt, w)
+    assert np.array_equal(x, before)
+    assert (w == 1).all()
