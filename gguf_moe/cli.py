@@ -50,10 +50,17 @@ def cli() -> None:
 @click.option("--bits", type=click.Choice([str(b) for b in BITS]), help="Bits a weight; short for a usual --quant.")
 @click.option("--quant", "quant_name", metavar="NAME", help="A file type of llama.cpp, as Q4_K_M or BF16, in any case.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="File or directory; by default beside MODEL_DIR.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, tensor by tensor, and write nothing.")
 def convert(
-    model_dir: Path, bits: str | None, quant_name: str | None, output: Path | None, force: bool, dry_run: bool
+    model_dir: Path,
+    bits: str | None,
+    quant_name: str | None,
+    output: Path | None,
+    threads: int | None,
+    force: bool,
+    dry_run: bool,
 ) -> None:
     """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
     plan = make_plan(open_checkpoint(model_dir), _asked_file_type(bits, quant_name))
@@ -69,7 +76,7 @@ def convert(
     check_target(plan, target, force=force)
     started = time.monotonic()
     with _progress(plan.data_bytes) as show:
-        run_plan(plan, target, force=force, on_progress=show)
+        run_plan(plan, target, threads=threads, force=force, on_progress=show)
     click.echo(report.plan_summary(plan))
     click.echo(f"{target} written in {time.monotonic() - started:.1f} seconds")
 

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
 import quant
 from gguf_moe.checkpoint import SOURCE_DTYPES, SourceTensor
 from gguf_moe.errors import GgufMoeError
-from gguf_moe.gguf_file import padded, publish
+from gguf_moe.gguf_file import publish
 from gguf_moe.mapping import Slab
 from gguf_moe.plan import Plan, TensorPlan
 
 # Weights encoded at once: large enough to make the Python around a piece cheap, small enough to bound memory.
 PIECE_WEIGHTS = 1 << 20
+AHEAD = 2  # pieces that each thread may have encoded before they are written
 
 # Exponent bits all set: infinity or NaN, whatever the mantissa.
 _EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
@@ -33,30 +37,69 @@ class Progress:
     total: int
 
 
+@dataclass(frozen=True)
+class _Piece:
+    """Rows [start, stop) of a slab: what is encoded at once."""
+
+    tensor: TensorPlan
+    slab: Slab
+    start: int
+    stop: int
+
+
 def convert(
     plan: Plan,
     path: Path,
     *,
+    threads: int | None = None,
     force: bool = False,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> None:
     """Write the planned file to `path`: whole, or not at all.
 
-    Raises GgufMoeError before writing when `path` exists (without `force`) or the disk lacks space, and while writing
-    for a weight that is not finite, or that its type cannot hold.
+    threads: how many encode at once, all cores by default; the bytes do not depend on it. Raises GgufMoeError before
+    writing when `path` exists (without `force`) or the disk lacks space, and while writing for a weight that is not
+    finite, or that its type cannot hold.
     """
     check_target(plan, path, force=force)
+    threads = threads or os.cpu_count() or 1
+    done = 0
     try:
-        with publish(path, plan.size) as file:
+        with publish(path, plan.size) as file, closing(_encoded(plan, threads)) as encoded:
             file.write(plan.header)
-            done = 0
-            for tensor in plan.tensors:
-                for nbytes in _write_tensor(file, len(plan.header), tensor):
-                    done += nbytes
-                    if on_progress:
-                        on_progress(Progress(tensor.info.name, done, plan.data_bytes))
+            for piece, data in encoded:
+                if piece.start == 0 and piece.slab is piece.tensor.mapped.slabs[0]:
+                    file.seek(len(plan.header) + piece.tensor.info.offset)
+                file.write(data.data)
+                done += data.nbytes
+                if on_progress:
+                    on_progress(Progress(piece.tensor.info.name, done, plan.data_bytes))
     except OSError as error:
         raise GgufMoeError(f"{path}: not written: {error}") from None
+
+
+def _encoded(plan: Plan, threads: int) -> Generator[tuple[_Piece, np.ndarray], None, None]:
+    """The pieces in the file's order with their bytes, a few encoded ahead by each thread."""
+    waiting: deque[tuple[_Piece, Future[np.ndarray]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for piece in _pieces(plan):
+                waiting.append((piece, pool.submit(_encode, piece)))
+                if len(waiting) > AHEAD * threads:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            for last, future in waiting:
+                yield last, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _pieces(plan: Plan) -> Iterator[_Piece]:
+    for tensor in plan.tensors:
+        rows_at_once = max(1, PIECE_WEIGHTS // tensor.mapped.shape[-1])
+        for slab in tensor.mapped.slabs:
+            for start in range(0, slab.rows, rows_at_once):
+                yield _Piece(tensor, slab, start, min(start + rows_at_once, slab.rows))
 
 
 def check_target(plan: Plan, path: Path, *, force: bool) -> None:
@@ -75,21 +118,14 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
         raise GgufMoeError(f"{path}: needs {plan.size} bytes, but only {free} are free on that disk")
 
 
-def _write_tensor(file: BinaryIO, data_start: int, tensor: TensorPlan):
-    """Encode a tensor piece by piece into its place; yields the bytes of each piece when it is written."""
-    columns = tensor.mapped.shape[-1]
-    rows_at_once = max(1, PIECE_WEIGHTS // columns)
-    file.seek(data_start + tensor.info.offset)
-    for slab in tensor.mapped.slabs:
-        matrix = slab.source.matrix()
-        for start in range(0, slab.rows, rows_at_once):
-            rows = slab.read(matrix, start, min(start + rows_at_once, slab.rows))
-            _check_finite(rows, slab, start)
-            encoded = quant.quantize(rows, tensor.info.type, dtype=SOURCE_DTYPES[slab.source.dtype][1])
-            _check_scales(encoded, tensor, slab, start)
-            file.write(encoded.data)
-            yield encoded.nbytes
-    file.write(bytes(padded(tensor.info.nbytes) - tensor.info.nbytes))
+def _encode(piece: _Piece) -> np.ndarray:
+    """Read, check and encode the rows of a piece. Returns uint8 [rows, row bytes]."""
+    slab, kind = piece.slab, piece.tensor.info.type
+    rows = slab.read(slab.source.matrix(), piece.start, piece.stop)
+    _check_finite(rows, slab, piece.start)
+    encoded = quant.quantize(rows, kind, dtype=SOURCE_DTYPES[slab.source.dtype][1])
+    _check_scales(encoded, piece.tensor, slab, piece.start)
+    return encoded
 
 
 def _check_finite(rows: np.ndarray, slab: Slab, start: int) -> None:

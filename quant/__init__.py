@@ -1,4 +1,5 @@
-"""Block codecs of GGUF files: the bytes of ggml's quantization formats from float weights, and back. NumPy only.
+"""Block codecs of GGUF files: the bytes of ggml's quantization formats from float weights, and back. NumPy,
+and C kernels where they are installed.
 
 `quantize` gives ggml's own bytes for every block, `dequantize` its float32 bits. Both work in pieces that fit the
 processor's cache; neither result depends on the size of the pieces, on strides or on threads. Thread-safe.
@@ -10,11 +11,21 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .backend import backend, decoder, encoder
+from . import compiled
+from .backend import BACKENDS, CODECS, backend, level, use_backend
 from .floats import from_bf16
 from .formats import FORMATS, Format, format_named
 
-__all__ = ["FORMATS", "Format", "backend", "dequantize", "first_nonfinite_scale", "quantize"]
+__all__ = [
+    "BACKENDS",
+    "FORMATS",
+    "Format",
+    "backend",
+    "dequantize",
+    "first_nonfinite_scale",
+    "quantize",
+    "use_backend",
+]
 
 PIECE = 1 << 17  # weights encoded at a time: few enough for the caches, enough to hide the cost of a NumPy call
 
@@ -39,8 +50,11 @@ def quantize(x: np.ndarray, fmt: str, importance: np.ndarray | None = None, *, d
     form.row_bytes(x.shape[-1])
     n = form.block_length
     out = np.empty((*x.shape[:-1], x.shape[-1] // n), form.dtype)
-    encode = encoder(form.name)
     weights = None if importance is None else _check_importance(importance, x)
+    if native := level():
+        compiled.encode(native, form, x, weights, out)
+        return _as_bytes(out)
+    encode, _ = CODECS[form.name]
     with np.errstate(all="ignore"):  # overflow, inf and NaN take the course ggml gives them
         for at in _pieces(x.shape, n, whole_rows=weights is not None):
             blocks = _widen(x[at], dtype).reshape(-1, n)  # [blocks, n]
@@ -58,7 +72,10 @@ def dequantize(data: np.ndarray, fmt: str) -> np.ndarray:
     form, blocks = _as_blocks(data, fmt)
     n = form.block_length
     out = np.empty((*blocks.shape[:-1], blocks.shape[-1] * n), np.float32)
-    decode = decoder(form.name)
+    if native := level():
+        compiled.decode(native, form, blocks, out)
+        return out
+    _, decode = CODECS[form.name]
     with np.errstate(all="ignore"):
         for at in _pieces(out.shape, n):
             source = np.ascontiguousarray(blocks[_in_blocks(at, n)]).reshape(-1)

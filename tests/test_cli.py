@@ -11,6 +11,7 @@ import gguf
 import pytest
 from checkpoints import MERGE
 
+import quant
 from gguf_moe import __version__, report
 from gguf_moe.gguf_file import read_gguf
 from gguf_moe.recipe import FILE_TYPES
@@ -40,7 +41,7 @@ def test_a_directory_that_is_none(run, tmp_path: Path) -> None:
 
 
 def test_version_names_the_backend(run) -> None:
-    assert run("--version").output == f"gguf-moe {__version__} (codecs: numpy)\n"
+    assert run("--version").output == f"gguf-moe {__version__} (codecs: {quant.backend()})\n"
 
 
 def test_plain_progress_without_a_terminal(tmp_path: Path) -> None:

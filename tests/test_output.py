@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import signal
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 from checkpoints import MERGE, Parts, bundled
 
+import quant
+from gguf_moe import convert as convert_module
 from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.convert import Progress, convert
 from gguf_moe.plan import make_plan
@@ -97,6 +100,21 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1] == f"gguf-moe: {tmp_path / 'out.gguf'}: not written: [Errno 27] File too large"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("backend", quant.BACKENDS)
+def test_bytes_depend_neither_on_threads_nor_pieces_nor_backend(
+    backend: str, tmp_path: Path, made, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    plan = make_plan(open_checkpoint(MERGE), find_file_type("Q4_K_M"))
+    want = hashlib.sha256(made("json", "Q4_K_M").read_bytes()).hexdigest()
+    quant.use_backend(backend)
+    request.addfinalizer(lambda: quant.use_backend(None))
+    for threads, weights in ((1, 1 << 20), (2, 1 << 16), (3, 12_345), (8, 1 << 18)):
+        monkeypatch.setattr(convert_module, "PIECE_WEIGHTS", weights)
+        target = tmp_path / f"{threads}.gguf"
+        convert(plan, target, threads=threads)
+        assert hashlib.sha256(target.read_bytes()).hexdigest() == want
 
 
 def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:

@@ -1,0 +1,182 @@
+/* Blocks of 32 weights: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL. */
+#ifndef QUANT_ENCODE_32_H
+#define QUANT_ENCODE_32_H
+
+#include "encode_k.h"
+
+/* TRUNC of the specification, as far as its low 8 bits go: toward zero; NaN and what is outside int32 give 0 there
+ * (x86 gives INT_MIN). */
+INLINE vi truncate_low(vf v) {
+    const vf inside = from_bits(bits(v) & LESS(magnitude(v), splat(2147483648.0f)));
+#if LANES > 1
+    return __builtin_convertvector(inside, vi);
+#else
+    return (int32_t)inside;
+#endif
+}
+INLINE vi signed_byte(vi i) { return ((i & 255) ^ 128) - 128; }
+
+/* 1 / d, or 0 for a zero d */
+INLINE vf inverse(vf d) { return select(EQUAL(d, splat(0)), splat(0), splat(1) / d); }
+
+/* Statistics of the blocks in lanes, then codes along the row: fields d (and m) as F16 bits, r and lo for the codes */
+struct direct {
+    int32_t d[WIDTH], m[WIDTH];
+    float r[WIDTH], lo[WIDTH];
+};
+
+/* d = m / -N from the value of largest magnitude (Q4_0, Q5_0) */
+static void direct_symmetric(const vf *x, int N, struct direct *out) {
+    EACH_GROUP {
+        vf a = splat(0), m = splat(0);
+        for (int i = 0; i < 32; i++) {
+            const vf xi = x[i * GROUPS + g], size = magnitude(xi);
+            m = select(GREATER(size, a), xi, m);
+            a = larger(size, a);
+        }
+        const vf d = m / splat((float)-N);
+        store_int(out->d + g * LANES, half_bits(d));
+        store(out->r + g * LANES, inverse(d));
+    }
+}
+/* d = (hi - lo) / N, m = lo (Q4_1, Q5_1) */
+static void direct_affine(const vf *x, int N, struct direct *out) {
+    EACH_GROUP {
+        vf lo = splat(3.402823466e+38f), hi = splat(-3.402823466e+38f);
+        for (int i = 0; i < 32; i++) {
+            lo = smaller(x[i * GROUPS + g], lo);
+            hi = larger(x[i * GROUPS + g], hi);
+        }
+        const vf d = (hi - lo) / splat((float)N);
+        store_int(out->d + g * LANES, half_bits(d));
+        store_int(out->m + g * LANES, half_bits(lo));
+        store(out->r + g * LANES, inverse(d));
+        store(out->lo + g * LANES, lo);
+    }
+}
+/* d = amax / 127 (Q8_0); the operand order decides what a NaN does */
+static void direct_q8(const vf *x, struct direct *out) {
+    EACH_GROUP {
+        vf a = splat(0);
+        for (int i = 0; i < 32; i++)
+            a = larger(a, magnitude(x[i * GROUPS + g]));
+        const vf d = a / splat(127);
+        store_int(out->d + g * LANES, half_bits(d));
+        store(out->r + g * LANES, inverse(d));
+    }
+}
+
+INLINE vi q8_code(vf v) { /* halves away from zero */
+    const vf size = magnitude(v);
+    const vi whole = truncate_low(size);
+    const vi rounded = whole - (LESS(size, splat(8388608.0f)) & ~LESS(size - to_float(whole), splat(0.5f)));
+    const vi negative = GREATER(splat(0), v);
+    return (rounded ^ negative) - negative;
+}
+
+/* Codes of one block, not yet reduced to 8 bits */
+INLINE void direct_codes(int format, const float *x, float r, float lo, int32_t *L) {
+    const vf factor = splat(r);
+    for (int i = 0; i < 32; i += LANES) {
+        const vf v = load(x + i);
+        vi l;
+        if (format == QUANT_Q8_0)
+            l = q8_code(v * factor);
+        else if (format == QUANT_Q4_1)
+            l = smaller_int(signed_byte(truncate_low((v - splat(lo)) * factor + splat(0.5f))), splat_int(15));
+        else if (format == QUANT_Q5_1)
+            l = truncate_low((v - splat(lo)) * factor + splat(0.5f));
+        else if (format == QUANT_Q4_0)
+            l = smaller_int(signed_byte(truncate_low(v * factor + splat(8.5f))), splat_int(15));
+        else
+            l = smaller_int(signed_byte(truncate_low(v * factor + splat(16.5f))), splat_int(31));
+        store_int(L + i, l);
+    }
+}
+
+/* Fields and codes of a tile of blocks; `format` is a constant in each call, so each gets its own loop */
+INLINE void direct_tile(int format, int blocks, const float *rows, const vf *x, struct direct *f, int32_t *L) {
+    if (format == QUANT_Q8_0)
+        direct_q8(x, f);
+    else if (format == QUANT_Q4_0 || format == QUANT_Q5_0)
+        direct_symmetric(x, format == QUANT_Q4_0 ? 8 : 16, f);
+    else
+        direct_affine(x, format == QUANT_Q4_1 ? 15 : 31, f);
+    for (int k = 0; k < blocks; k++)
+        direct_codes(format, rows + 32 * k, f->r[k], f->lo[k], L + 32 * k);
+}
+
+static void encode_direct(struct batch *b, int format, uint8_t *dst) {
+    const int five = format == QUANT_Q5_0 || format == QUANT_Q5_1, affine = format == QUANT_Q4_1 || format == QUANT_Q5_1;
+    vf x[32 * GROUPS];
+    struct direct fields = {{0}, {0}, {0}, {0}};
+    int32_t L[32 * WIDTH];
+    uint8_t codes[32 * WIDTH];
+    for (int t = 0; t * WIDTH < b->blocks; t++) {
+        const int blocks = b->blocks - t * WIDTH < WIDTH ? b->blocks - t * WIDTH : WIDTH;
+        const float *rows = b->x + t * WIDTH * 32;
+        to_lanes(32, rows, x);
+        switch (format) {
+        case QUANT_Q4_0: direct_tile(QUANT_Q4_0, blocks, rows, x, &fields, L); break;
+        case QUANT_Q4_1: direct_tile(QUANT_Q4_1, blocks, rows, x, &fields, L); break;
+        case QUANT_Q5_0: direct_tile(QUANT_Q5_0, blocks, rows, x, &fields, L); break;
+        case QUANT_Q5_1: direct_tile(QUANT_Q5_1, blocks, rows, x, &fields, L); break;
+        default: direct_tile(QUANT_Q8_0, blocks, rows, x, &fields, L);
+        }
+        narrow_codes(32 * blocks, L, codes);
+        for (int k = 0; k < blocks; k++) {
+            const uint8_t *q = codes + 32 * k;
+            put_half(dst, (uint16_t)fields.d[k]);
+            dst += 2;
+            if (format == QUANT_Q8_0) {
+                memcpy(dst, q, 32);
+                dst += 32;
+                continue;
+            }
+            if (affine) {
+                put_half(dst, (uint16_t)fields.m[k]);
+                dst += 2;
+            }
+            dst = pack_32(five, q, dst);
+        }
+    }
+}
+
+/* Q4_0, Q5_0, Q4_1, Q5_1 with importance: codes and float32 scale of the search as they are */
+static void encode_searched(struct batch *b, int format, uint8_t *dst) {
+    static const struct affine search[2] = {{32, 15, -0.9f, 0.05f, 36, 0, 1}, {32, 31, -0.9f, 0.05f, 36, 0, 1}};
+    const int five = format == QUANT_Q5_0 || format == QUANT_Q5_1, affine = format == QUANT_Q4_1 || format == QUANT_Q5_1;
+    if (affine)
+        search_affine(b, &search[five], BY_STATISTIC);
+    else
+        search_symmetric(b, five ? 16 : 8, BY_STATISTIC);
+    for (int k = 0; k < b->blocks; k++) {
+        uint8_t q[32];
+        int32_t L[32] = {0};
+        put_half(dst, half_one(b->scale[k]));
+        dst += 2;
+        if (affine) {
+            put_half(dst, half_one(-b->offset[k]));
+            dst += 2;
+            affine_codes(b, k, five ? 31 : 15, L);
+        } else {
+            symmetric_codes(32, five ? 16 : 8, b->x + 32 * k, b->s[k], L);
+        }
+        narrow_codes(32, L, q);
+        dst = pack_32(five, q, dst);
+    }
+}
+
+static void encode_iq4_nl(struct batch *b, uint8_t *dst) {
+    if (b->importance)
+        block_sigma2(b, 1, 2.0f / 32);
+    search_table(b, b->importance ? BY_STATISTIC : BY_SQUARE);
+    for (int k = 0; k < b->blocks; k++, dst += 18) {
+        uint8_t q[32];
+        put_half(dst, half_one(b->scale[k]));
+        table_codes(b->x + k * 32, b->scale[k], q);
+        pack_nibbles(q, dst + 2);
+    }
+}
+
+#endif
