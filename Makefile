@@ -31,7 +31,7 @@ test-long: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m long
 
 bench: setup  ## the codecs beside ggml, one core
-	$(BIN)/python tests/bench/bench_codecs.py
+	$(BIN)/python tests/bench/bench_codecs.py --json build/bench.json
 
 lint: setup
 	$(BIN)/ruff check .

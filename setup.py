@@ -10,7 +10,7 @@ NATIVE = Path("quant/native")
 # Contraction must be off: a fused multiply-add rounds once where ggml rounds twice, and the bytes differ.
 FLAGS = {
     "unix": [
-        *("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden"),
+        *("-std=c11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-wrapv", "-fvisibility=hidden"),
         *("-Wall", "-Wextra", "-Wno-psabi"),
     ],
     "msvc": ["/std:c11", "/O2", "/fp:strict"],

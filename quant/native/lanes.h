@@ -47,7 +47,6 @@ typedef int32_t vi;
 #define EQUAL(a, b) (-((a) == (b)))
 #endif
 
-/* The loops over lanes below become one instruction each with GCC >= 11 and Clang (and stay right anywhere). */
 INLINE vf splat(float f) {
 #if LANES > 1
     return f - (vf){0};
@@ -91,7 +90,19 @@ INLINE vf to_float(vi i) {
     return (float)i;
 #endif
 }
-/* a > b ? a : b and a < b ? a : b, in this order: b when either is NaN */
+INLINE vf root(vf a) {
+    vf r = a;
+    EACH_LANE LANE(r, k) = sqrtf(LANE(a, k));
+    return r;
+}
+INLINE vi select_int(vi mask, vi a, vi b) { return (mask & a) | (~mask & b); }
+INLINE vf select(vi mask, vf a, vf b) { return from_bits(select_int(mask, bits(a), bits(b))); }
+/* a > b ? a : b and a < b ? a : b, in this order: b when either is NaN. GCC 12 and Clang make one instruction of the loop over
+ * lanes; older GCC would take the lanes apart, and gets a comparison and a selection. */
+#if defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 12 && LANES > 1
+INLINE vf larger(vf a, vf b) { return select(GREATER(a, b), a, b); }
+INLINE vf smaller(vf a, vf b) { return select(LESS(a, b), a, b); }
+#else
 INLINE vf larger(vf a, vf b) {
     vf r = a;
     EACH_LANE LANE(r, k) = LANE(a, k) > LANE(b, k) ? LANE(a, k) : LANE(b, k);
@@ -102,17 +113,7 @@ INLINE vf smaller(vf a, vf b) {
     EACH_LANE LANE(r, k) = LANE(a, k) < LANE(b, k) ? LANE(a, k) : LANE(b, k);
     return r;
 }
-INLINE vf root(vf a) {
-    vf r = a;
-    EACH_LANE LANE(r, k) = sqrtf(LANE(a, k));
-    return r;
-}
-INLINE vi select_int(vi mask, vi a, vi b) { return (mask & a) | (~mask & b); }
-INLINE vf select(vi mask, vf a, vf b) {
-    vf r = a;
-    EACH_LANE LANE(r, k) = LANE(mask, k) ? LANE(a, k) : LANE(b, k);
-    return r;
-}
+#endif
 INLINE vi larger_int(vi a, vi b) { return select_int(GREATER(a, b), a, b); }
 INLINE vi smaller_int(vi a, vi b) { return select_int(LESS(a, b), a, b); }
 INLINE vf magnitude(vf v) { return from_bits(bits(v) & 0x7FFFFFFF); }

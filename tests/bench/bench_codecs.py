@@ -1,7 +1,8 @@
 """Speed of the codecs beside ggml's, on one core: python tests/bench/bench_codecs.py [--json FILE]
 
-512 x 4096 float32 weights, normal * 0.02; encoding by ours and by ggml_quantize_chunk alternately in this process, best
-of five by processor time. Prints a table; no limit is checked here.
+512 x 4096 float32 weights, normal * 0.02; encoding by each of our backends and by ggml_quantize_chunk (libggml-python)
+alternately in this process, best of five by processor time, without and with importance. Bytes are compared with ggml's,
+with importance with those of the current ggml in xllamacpp. Prints a table; no limit is checked here.
 """
 
 from __future__ import annotations
@@ -20,28 +21,31 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "quant")]
 
 import oracle  # noqa: E402
 
-from quant import FORMATS, backend, dequantize, quantize  # noqa: E402
+from quant import BACKENDS, FORMATS, dequantize, quantize, use_backend  # noqa: E402
 
 ROWS, COLUMNS, ROUNDS = 512, 4096, 5
+BEST = BACKENDS[-1]
 
 
-def measure(fmt: str, x: np.ndarray, ggml: oracle.Ggml) -> dict:
-    """Millions of weights a second for one format."""
-    data = quantize(x, fmt)
-    calls = {
-        "ours": lambda: quantize(x, fmt),
-        "ggml": lambda: ggml.quantize(x, fmt),
-        "decode": lambda: dequantize(data, fmt),
-    }
-    best = dict.fromkeys(calls, float("inf"))
+def measure(fmt: str, x: np.ndarray, importance: np.ndarray | None) -> dict:
+    """Millions of weights a second for one format, by backend; "ggml" and "decode" (our best backend's) beside."""
+    timed, current = oracle.load("libggml-python"), oracle.load("xllamacpp")
+    want = (timed if importance is None else current).quantize(x, fmt, importance)
+    best = dict.fromkeys([*BACKENDS, "decode", "ggml"], float("inf"))
+    equal = True
     for _ in range(ROUNDS):
-        for name, call in calls.items():
+        for name in best:
+            use_backend(BEST if name in ("decode", "ggml") else name)
             start = time.process_time()
-            call()
+            if name == "ggml":
+                timed.quantize(x, fmt, importance)
+            elif name == "decode":
+                dequantize(want, fmt)
+            else:
+                equal &= np.array_equal(quantize(x, fmt, importance), want)
             best[name] = min(best[name], time.process_time() - start)
     speed = {name: x.size / 1e6 / seconds for name, seconds in best.items()}
-    equal = data.tobytes() == ggml.quantize(x, fmt).tobytes()
-    return {"format": fmt, **speed, "ratio": speed["ours"] / speed["ggml"], "equal": equal}
+    return {"format": fmt, "importance": importance is not None, **speed, "equal": equal}
 
 
 def main() -> None:
@@ -50,19 +54,30 @@ def main() -> None:
     options = parser.parse_args()
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    x = np.random.default_rng(0).standard_normal((ROWS, COLUMNS), np.float32) * np.float32(0.02)
-    ggml = oracle.load("libggml-python")
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((ROWS, COLUMNS), np.float32) * np.float32(0.02)
+    w = np.abs(rng.standard_normal(COLUMNS, np.float32))
     out = sys.stdout.write
-    out(f"backend {backend()}, NumPy {np.__version__}, ggml {ggml.version}, one core, millions of weights a second\n\n")
-    out("| format | ours | ggml | ratio | bytes equal | our decoding |\n|---|---:|---:|---:|---|---:|\n")
+    out(
+        f"NumPy {np.__version__}, ggml {oracle.load('libggml-python').version}, one core, millions of weights a second\n\n"
+    )
+    out(f"| format | {' | '.join(BACKENDS)} | ggml | {BEST} / ggml | bytes equal | our decoding |\n")
+    out("|---|" + "---:|" * (len(BACKENDS) + 2) + "---|---:|\n")
     rows = []
     for fmt in FORMATS:
-        row = measure(fmt, x, ggml)
-        rows.append(row)
-        out(f"| {fmt} | {row['ours']:.1f} | {row['ggml']:.1f} | {row['ratio']:.2f} | ")
-        out(f"{'yes' if row['equal'] else 'NO'} | {row['decode']:.0f} |\n")
+        for importance in (None, w) if FORMATS[fmt].block_length > 1 else (None,):
+            row = measure(fmt, x, importance)
+            rows.append(row)
+            out(f"| {fmt}{' with importance' if row['importance'] else ''} | ")
+            out(
+                " | ".join(
+                    f"{row[name]:.0f}" if row[name] >= 100 else f"{row[name]:.1f}" for name in (*BACKENDS, "ggml")
+                )
+            )
+            out(f" | {row[BEST] / row['ggml']:.1f} | {'yes' if row['equal'] else 'NO'} | {row['decode']:.0f} |\n")
     if options.json:
-        options.json.write_text(json.dumps({"backend": backend(), "ggml": ggml.version, "rows": rows}, indent=1) + "\n")
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
