@@ -20,7 +20,8 @@ from gguf_moe.errors import GgufMoeError
 
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors reference implementation
-MAX_FLOAT32 = float(np.finfo(np.float32).max)
+MAX_DIMENSIONS = 4  # of GGUF
+MIN_FLOAT32, MAX_FLOAT32 = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 # safetensors dtype -> (NumPy dtype of the bytes in the file, the dtype argument that `quant.quantize` takes)
 SOURCE_DTYPES: dict[str, tuple[np.dtype, str | None]] = {
@@ -67,9 +68,9 @@ class Config:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        """A positive number that fits a float32."""
+        """A positive number that is a normal float32."""
         value = self._get(name, default)
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= MAX_FLOAT32:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not MIN_FLOAT32 <= value <= MAX_FLOAT32:
             raise GgufMoeError(f"{self.path}: {name} is {value!r}, expected a positive 32-bit number")
         return float(value)
 
@@ -113,7 +114,7 @@ def open_checkpoint(directory: Path) -> Checkpoint:
         names = sorted(set(weight_map.values()))
     else:
         weight_map = None
-        names = sorted(p.name for p in directory.glob("model*.safetensors"))
+        names = sorted(p.name for p in directory.glob("model*.safetensors") if p.is_file())
         if not names:
             raise GgufMoeError(f"{directory}: no model*.safetensors and no {INDEX_NAME}")
     files = {directory / name: read_safetensors_header(directory / name) for name in names}
@@ -173,8 +174,9 @@ def _source_tensor(path: Path, size: int, data_start: int, name: str, entry: Any
         whole = [start, end, *shape]
     except (KeyError, TypeError, ValueError):
         raise GgufMoeError(f"{where}: header entry lacks dtype, shape or data_offsets") from None
-    if any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in whole):
-        raise GgufMoeError(f"{where}: shape {shape} or offsets [{start}, {end}] hold other than whole numbers")
+    if len(shape) > MAX_DIMENSIONS or any(not isinstance(n, int) or isinstance(n, bool) or n < 0 for n in whole):
+        found = f"shape {str(shape)[:80]} or offsets {str([start, end])[:80]}"
+        raise GgufMoeError(f"{where}: {found}, expected whole numbers and at most {MAX_DIMENSIONS} dimensions")
     if data_start + end > size:
         raise GgufMoeError(
             f"{where}: data ends at byte {data_start + end}, but the file has {size} bytes; it is truncated"

@@ -37,6 +37,9 @@ class _Group(click.Group):
         except GgufMoeError as error:
             click.echo(f"gguf-moe: {report.printable(str(error))}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:  # a path that is too long, or that may not be looked at
+            click.echo(f"gguf-moe: {report.printable(str(error))}", err=True)
+            ctx.exit(1)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
@@ -63,7 +66,8 @@ def convert(
     dry_run: bool,
 ) -> None:
     """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
-    plan = make_plan(open_checkpoint(model_dir), _asked_file_type(bits, quant_name))
+    file_type = _asked_file_type(bits, quant_name)
+    plan = make_plan(open_checkpoint(model_dir), file_type)
     target = output or (model_dir if model_dir.name not in ("", "..") else model_dir.resolve()).parent
     if target.is_dir():
         target = target / plan.default_name
@@ -123,5 +127,7 @@ def _progress(total: int) -> Iterator[Callable[[Progress], None]]:
 def main() -> None:
     """Entry point. A polite kill unwinds like Ctrl-C, so that no temporary file stays."""
     logging.basicConfig(level=logging.ERROR)  # the gguf package warns of what we have checked ourselves
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    for name in ("SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):  # no SIGHUP on Windows
+            signal.signal(getattr(signal, name), lambda number, frame: sys.exit(128 + number))
     cli(prog_name="gguf-moe")

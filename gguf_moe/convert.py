@@ -65,7 +65,7 @@ def convert(
     threads = threads or os.cpu_count() or 1
     done = 0
     try:
-        with publish(path, plan.size) as file, closing(_encoded(plan, threads)) as encoded:
+        with publish(path, plan.size, replace=force) as file, closing(_encoded(plan, threads)) as encoded:
             file.write(plan.header)
             for piece, data in encoded:
                 if piece.start == 0 and piece.slab is piece.tensor.mapped.slabs[0]:
@@ -106,12 +106,11 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
     """Refuse a target that must not or cannot be written."""
     if not path.parent.is_dir():
         raise GgufMoeError(f"{path}: directory {path.parent} does not exist")
-    if path.is_dir():
-        raise GgufMoeError(f"{path}: is a directory, expected a file name")
+    if path.exists() and not path.is_file():
+        raise GgufMoeError(f"{path}: is no regular file, expected a file name")
     if path.exists() and not force:
         raise GgufMoeError(f"{path}: exists; use --force to replace it")
-    sources = {slab.source.file for tensor in plan.tensors for slab in tensor.mapped.slabs}
-    if path.exists() and any(path.samefile(source) for source in sources):
+    if path.exists() and path.suffix != ".gguf" and path.resolve().parent == plan.directory.resolve():
         raise GgufMoeError(f"{path}: is a file of the checkpoint itself")
     free = shutil.disk_usage(path.parent).free
     if free < plan.size:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -55,25 +56,41 @@ def encode_header(keys: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> byt
 
 
 @contextmanager
-def publish(path: Path, size: int) -> Iterator[BinaryIO]:
+def publish(path: Path, size: int, *, replace: bool) -> Iterator[BinaryIO]:
     """A file to fill with `size` bytes at any offsets, that takes the name `path` when the block ends well.
 
-    Until then it grows beside under a temporary name; on any exception it is removed. A crash of the machine leaves
+    Until then it grows beside under a temporary name; on any exception it is removed. A file that took the name in the
+    meantime stays, unless `replace`. A crash of the machine leaves
     either no `path` or the whole file: data and directory entry are flushed to disk around the rename.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    file = temporary.open("xb")  # before `try`: what another run made is not ours to remove
     try:
-        with temporary.open("xb") as file:
+        with file:
             file.truncate(size)
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        _rename(temporary, path, replace)
     except BaseException:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
     _sync_directory(path.parent)
+
+
+def _rename(temporary: Path, path: Path, replace: bool) -> None:
+    if not replace:
+        try:
+            os.link(temporary, path)  # unlike a rename, fails where the name is taken
+        except FileExistsError:
+            raise GgufMoeError(f"{path}: appeared while it was being written; use --force to replace it") from None
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
+        else:
+            temporary.unlink()
+        return
+    os.replace(temporary, path)
 
 
 def _sync_directory(directory: Path) -> None:
@@ -114,6 +131,6 @@ def read_gguf(path: Path) -> GgufFile:
             )
             for t in reader.tensors
         )
-    except (OSError, ValueError, KeyError, IndexError, OverflowError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError, RecursionError) as error:
         raise GgufMoeError(f"{path}: not a readable GGUF file: {error}") from None
     return GgufFile(path, size, keys, tensors)

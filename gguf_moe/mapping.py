@@ -113,8 +113,8 @@ def _mapped(template: Template, layer: int | None, slabs: list[Slab]) -> MappedT
 
 
 def _pattern(source: str) -> re.Pattern[str]:
-    pattern = re.escape(source).replace(r"\{layer\}", r"(?P<layer>0|[1-9]\d*)")
-    return re.compile(pattern.replace(r"\{expert\}", r"(?P<expert>0|[1-9]\d*)"))
+    pattern = re.escape(source).replace(r"\{layer\}", r"(?P<layer>0|[1-9]\d{0,5})")
+    return re.compile(pattern.replace(r"\{expert\}", r"(?P<expert>0|[1-9]\d{0,5})"), re.ASCII)
 
 
 def _parts(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from gguf_moe.recipe import Choice, FileType, RecipeFacts, choose_type
 from gguf_moe.tokenizer import Vocabulary, read_vocabulary
 from quant import FORMATS
 
+MAX_NAME = 200  # characters of a default file name
+
 
 @dataclass(frozen=True)
 class TensorPlan:
@@ -34,6 +37,7 @@ class TensorPlan:
 class Plan:
     """Everything about one output file. Made without reading a weight."""
 
+    directory: Path
     file_type: FileType
     keys: dict[str, Any] = field(repr=False)
     tensors: tuple[TensorPlan, ...] = field(repr=False)
@@ -80,12 +84,26 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType) -> Plan:
         mapped.sort(key=_quantizer_order)
     tensors = _place(mapped, file_type, facts)
     metadata = _read_metadata(checkpoint.directory, mapped)
-    keys = _keys(architecture, facts, vocabulary, metadata, file_type)
-    header = encode_header(keys, [t.info for t in tensors])
+    try:
+        keys = _keys(architecture, facts, vocabulary, metadata, file_type)
+        header = encode_header(keys, [t.info for t in tensors])
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error) as error:
+        raise GgufMoeError(
+            f"{checkpoint.directory}: the tokenizer's files or the model card hold what GGUF cannot: {error!r}"
+        ) from None
     general = gguf.Keys.General
     parts = (general.NAME, general.BASENAME, general.FINETUNE, general.VERSION, general.SIZE_LABEL)
     name = gguf.naming_convention(*(keys[key].value if key in keys else None for key in parts), file_type.name)
-    return Plan(file_type, keys, tensors, header, f"{name}.gguf", (*vocabulary.notes, *_fallback_warning(tensors)))
+    name = re.sub(r"[^\w.+-]+", "-", name)[:MAX_NAME]  # from a model card, so anything
+    return Plan(
+        checkpoint.directory,
+        file_type,
+        keys,
+        tensors,
+        header,
+        f"{name}.gguf",
+        (*vocabulary.notes, *_fallback_warning(tensors)),
+    )
 
 
 def _quantizer_order(tensor: mapping.MappedTensor) -> tuple[int, bytes]:

@@ -88,9 +88,10 @@ def gguf_text(facts: dict[str, Any], *, tensors: bool) -> str:
     """`gguf_facts` for a person; the tensors one by one on request."""
     bits = facts["bits_per_weight"]
     parts = [
-        f"{facts['file']}: {facts['file_type']}, {size_text(facts['size_bytes'])}, {facts['weights']} weights"
+        printable(f"{facts['file']}: {facts['file_type']}")
+        + f", {size_text(facts['size_bytes'])}, {facts['weights']} weights"
         + (f", {bits:.2f} bits per weight" if bits is not None else ""),
-        f"experts: {facts['experts']}, of which {facts['experts_used']} are used for a token",
+        printable(f"experts: {facts['experts']}, of which {facts['experts_used']} are used for a token"),
     ]
     if facts["types"]:
         rows: list[Sequence[object]] = [("type", "tensors", "weights", "bytes", "share")]

@@ -38,7 +38,6 @@ class Token:
 class Vocabulary:
     """What a tokenizer becomes in GGUF. `tokens` has exactly one entry for each row of the embedding."""
 
-    source: Path
     tokens: list[Token] = field(repr=False)
     add_space_prefix: bool | None  # None: not said, llama.cpp's default holds
     special: gguf.SpecialVocab = field(repr=False)
@@ -68,7 +67,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
     try:
         tokens, prefix, notes = READERS[path.name](path, settings)
         special = _special_vocabulary(directory, size)
-    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # JSON of another shape
+    except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise GgufMoeError(f"{directory}: a tokenizer file holds something unexpected: {error!r}") from None
     surplus = sorted(i for i in tokens if i >= size)
     if surplus:
@@ -79,7 +78,7 @@ def read_vocabulary(directory: Path, size: int) -> Vocabulary:
         )
     padded = [tokens.get(i) or Token(f"[PAD{i}]", PAD_SCORE, gguf.TokenType.UNUSED) for i in range(size)]
     _check_distinct(path, padded)
-    return Vocabulary(path, padded, prefix, special, tuple(notes))
+    return Vocabulary(padded, prefix, special, tuple(notes))
 
 
 # A reader takes its file and tokenizer_config.json, and returns tokens by id, the space prefix if known, and notes.
@@ -141,15 +140,21 @@ def _read_tokenizer_json(path: Path, settings: dict[str, Any]) -> _Reading:
         return -float(ranks[text]) if text in ranks else below_all
 
     tokens = {}
+    if absent := [byte for byte in (f"<0x{b:02X}>" for b in range(256)) if byte not in vocabulary]:
+        raise GgufMoeError(f"{path}: byte fallback without the token {absent[0]}; llama.cpp would abort on it")
     for text, i in vocabulary.items():
+        if (token_id := _token_id(path, i)) in tokens:
+            raise GgufMoeError(f"{path}: tokens {tokens[token_id].text!r} and {text!r} have the same id {i}")
         kind = gguf.TokenType.NORMAL
         if _is_byte(text):
             kind = gguf.TokenType.BYTE
         elif text in named:
             kind = gguf.TokenType.CONTROL
-        tokens[_token_id(path, i)] = Token(text, score(text), kind)
+        tokens[token_id] = Token(text, score(text), kind)
     for entry in tokenizer.get("added_tokens") or []:
         text, i = entry["content"], _token_id(path, entry["id"])
+        if i in tokens and tokens[i].text != text:
+            raise GgufMoeError(f"{path}: added token {text!r} has the id {i} of {tokens[i].text!r}")
         if i not in tokens:
             kind = gguf.TokenType.CONTROL if text in named else gguf.TokenType.USER_DEFINED
             tokens[i] = Token(text, below_all, kind)
@@ -176,11 +181,10 @@ def _merge_ranks(path: Path, merges: list[Any]) -> dict[str, int]:
 
 def _space_prefix(path: Path, tokenizer: dict[str, Any]) -> tuple[bool, list[str]]:
     """Whether the tokenizer puts a space before the text, and the steps that llama.cpp cannot follow."""
-    normalizer = tokenizer.get("normalizer") or {}
-    steps = normalizer.get("normalizers", [normalizer] if normalizer else [])
-    pre_tokenizer = tokenizer.get("pre_tokenizer") or {}
-    steps = steps + pre_tokenizer.get("pretokenizers", [pre_tokenizer] if pre_tokenizer else [])
+    steps = _steps(tokenizer.get("normalizer"), "normalizers") + _steps(tokenizer.get("pre_tokenizer"), "pretokenizers")
     prefix, notes = False, []
+    if not any(step.get("type") in ("Replace", "Metaspace") for step in steps):
+        notes.append(f"{path}: the tokenizer leaves spaces as they are, llama.cpp replaces them with {SPACE}")
     for step in steps:
         kind = step.get("type")
         if kind == "Prepend" and step.get("prepend") == SPACE:
@@ -194,18 +198,28 @@ def _space_prefix(path: Path, tokenizer: dict[str, Any]) -> tuple[bool, list[str
     return prefix, notes
 
 
+def _steps(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
+    """A normalizer or pre-tokenizer as a flat list of its steps."""
+    if not step:
+        return []
+    return [one for part in step[inner] for one in _steps(part, inner)] if step.get("type") == "Sequence" else [step]
+
+
 def _special_vocabulary(directory: Path, size: int) -> gguf.SpecialVocab:
     """Special ids, add flags and chat templates, by the gguf package; the post-processor decides on bos and eos."""
     tokenizer = _optional_json(directory / "tokenizer.json")
     special = gguf.SpecialVocab(directory, n_vocab=size)
-    if tokenizer and not (directory / "tokenizer.model").is_file():
-        special.add_special_token.setdefault("bos", False)
-    special.add_special_token.update(_template_flags(tokenizer))
+    flags = _template_flags(tokenizer, special.special_token_ids)
+    if tokenizer and not (directory / "tokenizer.model").is_file():  # tokenizer.json is all there is, and does no more
+        special.add_special_token["bos"] = False
+        if "eos" in special.add_special_token:
+            special.add_special_token["eos"] = False
+    special.add_special_token.update(flags)
     return special
 
 
-def _template_flags(tokenizer: dict[str, Any]) -> dict[str, bool]:
-    """{"bos": ..., "eos": ...} as far as a template of the post-processor adds a token before or after the text.
+def _template_flags(tokenizer: dict[str, Any], ids: dict[str, int]) -> dict[str, bool]:
+    """{"bos": True, "eos": True} as far as a template of the post-processor adds that token before or after the text.
 
     The gguf package lets tokenizer_config.json overrule the template; current llama.cpp and `tokenizers` do not.
     """
@@ -214,10 +228,10 @@ def _template_flags(tokenizer: dict[str, Any]) -> dict[str, bool]:
     for processor in post.get("processors", [post]):
         single = processor.get("single")
         if processor.get("type") == "TemplateProcessing" and isinstance(single, list) and len(single) > 1:
-            if "SpecialToken" in single[0]:
-                flags["bos"] = True
-            if "SpecialToken" in single[-1]:
-                flags["eos"] = True
+            for kind, item in (("bos", single[0]), ("eos", single[-1])):
+                name = item.get("SpecialToken", {}).get("id")
+                if name is not None and processor["special_tokens"][name]["ids"] == [ids.get(kind)]:
+                    flags[kind] = True
     return flags
 
 
@@ -247,13 +261,12 @@ def _is_hex(text: str) -> bool:
 
 
 def _token_id(path: Path, value: Any) -> int:
-    try:
-        number = int(value)
-    except (TypeError, ValueError):
-        number = -1
-    if number < 0:
+    """Ids are whole numbers; as keys of JSON objects they are text."""
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 10:
+        return int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
         raise GgufMoeError(f"{path}: token id {value!r}, expected a whole number")
-    return number
+    return value
 
 
 def _check_distinct(path: Path, tokens: list[Token]) -> None:

@@ -57,6 +57,12 @@ def edit_map(merge: Path, name: str, file: str) -> None:
     (merge / INDEX).write_text(json.dumps(content))
 
 
+def edit_vocabulary(merge: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads((merge / "tokenizer.json").read_text())
+    change(content["model"]["vocab"])
+    (merge / "tokenizer.json").write_text(json.dumps(content))
+
+
 def truncate(path: Path, size: int) -> None:
     os.truncate(path, size)
 
@@ -85,6 +91,8 @@ CONFIG = {
         "num_attention_heads 4 is no multiple of num_key_value_heads 3",
     ),
     "negative epsilon": ({"rms_norm_eps": -1}, "rms_norm_eps is -1, expected a positive 32-bit number"),
+    "activation": ({"hidden_act": "relu"}, "hidden_act is 'relu', but llama.cpp computes 'silu'"),
+    "vanishing epsilon": ({"rms_norm_eps": 1e-60}, "rms_norm_eps is 1e-60, expected a positive 32-bit number"),
     "odd head size": ({"head_dim": 63}, "a head size of 63 is odd"),
     "rope type": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported yet"),
     "more layers": ({"num_hidden_layers": 5}, "tensors are absent: model.layers.4."),
@@ -184,6 +192,32 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda m: (m / "tokenizer_config.json").write_text("[]"),
         "tokenizer_config.json: holds a JSON list, expected an object",
     ),
+    "a byte without a token": (
+        lambda m: edit_vocabulary(m, lambda v: v.update({"<0x8>": v.pop("<0x80>")})),
+        "byte fallback without the token <0x80>; llama.cpp would abort on it",
+    ),
+    "two texts with one id": (
+        lambda m: edit_vocabulary(m, lambda v: v.update(qqqq=0)),
+        "tokens '<unk>' and 'qqqq' have the same id 0",
+    ),
+    "fractional id": (lambda m: edit_vocabulary(m, lambda v: v.update(the=1.5)), "token id 1.5, expected a whole"),
+    "added token of another text": (
+        lambda m: edit_json(m / "tokenizer.json", added_tokens=[{"id": 5, "content": "five"}]),
+        "added token 'five' has the id 5 of '<0x02>'",
+    ),
+    "chat template a number": (
+        lambda m: edit_json(m / "tokenizer_config.json", chat_template=[1]),
+        "the tokenizer's files or the model card hold what GGUF cannot",
+    ),
+    "half a character": (
+        lambda m: edit_vocabulary(m, lambda v: v.update({"\ud800": v.pop("the")})),
+        "the tokenizer's files or the model card hold what GGUF cannot",
+    ),
+    "endless dimensions": (
+        lambda m: edit_header(m / SHARD, lambda h: h[DOWN].update(shape=[2**64 - 1] * 100_000)),
+        "expected whole numbers and at most 4 dimensions",
+    ),
+    "endless file name": (lambda m: edit_map(m, DOWN, "x" * 5000), "File name too long"),
     "broken model card": (
         lambda m: (m / "README.md").write_text("---\nname: [\n---\n"),
         "README.md: model card or generation_config.json unreadable",

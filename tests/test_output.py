@@ -18,6 +18,7 @@ import quant
 from gguf_moe import convert as convert_module
 from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.convert import Progress, convert
+from gguf_moe.errors import GgufMoeError
 from gguf_moe.plan import make_plan
 from gguf_moe.recipe import find_file_type
 
@@ -63,6 +64,38 @@ def test_the_checkpoint_is_never_overwritten(run, tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "is a file of the checkpoint itself" in result.stderr
     assert target.read_bytes() == before
+
+
+def test_a_config_is_never_overwritten(run, tmp_path: Path) -> None:
+    merge = copy(tmp_path)
+    result = run("convert", merge, "--bits", 2, "-o", merge / "config.json", "--force")
+    assert result.exit_code == 1
+    assert (merge / "config.json").read_bytes() == (MERGE / "config.json").read_bytes()
+
+
+def test_only_regular_files_are_replaced(run, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    result = run("convert", MERGE, "--bits", 2, "-o", pipe, "--force")
+    assert result.exit_code == 1
+    assert f"{pipe}: is no regular file" in result.stderr
+    assert pipe.is_fifo()
+
+
+def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out.gguf"
+    plan = make_plan(open_checkpoint(MERGE), find_file_type("Q8_0"))
+    with pytest.raises(GgufMoeError, match="appeared while it was being written"):
+        convert(plan, target, on_progress=lambda progress: target.write_text("precious"))
+    assert [p.name for p in tmp_path.iterdir()] == ["out.gguf"]
+    assert target.read_text() == "precious"
+
+
+def test_a_model_card_cannot_choose_the_directory(run, tmp_path: Path) -> None:
+    merge = copy(tmp_path)
+    (merge / "README.md").write_text("---\nbasename: a\nfinetune: '../../up/'\n---\n")
+    assert run("convert", merge, "--bits", 2).exit_code == 0
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a-4x4M-..-..-up--v1-Q2_K.gguf"]
 
 
 def test_a_missing_directory(run, tmp_path: Path) -> None:
@@ -143,7 +176,7 @@ def start_slow_conversion(tmp_path: Path) -> tuple[subprocess.Popen, Path]:
     return process, target
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupts_clean_up(number: signal.Signals, tmp_path: Path) -> None:
     process, _ = start_slow_conversion(tmp_path)
     process.send_signal(number)

@@ -59,6 +59,9 @@ def variant(tmp_path: Path, change) -> Path:
     directory.mkdir()
     for name in ("config.json", "tokenizer_config.json"):
         shutil.copy(MERGE / name, directory / name)
+    settings = json.loads((MERGE / "tokenizer_config.json").read_text())
+    settings |= {"add_bos_token": True, "add_eos_token": True}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     content = json.loads((MERGE / "tokenizer.json").read_text())
     change(content)
     (directory / "tokenizer.json").write_text(json.dumps(content))
@@ -98,6 +101,11 @@ def use_eos(content: dict) -> None:
     content["post_processor"]["special_tokens"]["</s>"] = {"id": "</s>", "ids": [2], "tokens": ["</s>"]}
 
 
+def use_flags_without_template(content: dict) -> None:
+    """tokenizer_config.json may say what it likes: the template adds nothing."""
+    content["post_processor"]["single"] = [{"Sequence": {"id": "A", "type_id": 0}}]
+
+
 def use_merge_strings(content: dict) -> None:
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
 
@@ -108,7 +116,9 @@ def use_added_token(content: dict) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [use_prepend, use_no_bos, use_eos, use_merge_strings, use_added_token], ids=lambda f: f.__name__
+    "change",
+    [use_prepend, use_no_bos, use_eos, use_flags_without_template, use_merge_strings, use_added_token],
+    ids=lambda f: f.__name__,
 )
 def test_variants_of_tokenizer_json_are_followed(change, tmp_path: Path) -> None:
     directory = variant(tmp_path, change)

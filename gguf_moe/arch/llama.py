@@ -69,6 +69,8 @@ def read_facts(config: Config) -> ModelFacts:
         norm_epsilon=config.number("rms_norm_eps", 1e-5),
         rope_theta=_rope_theta(config),
     )
+    if (activation := config.values.get("hidden_act") or "silu") != "silu":
+        raise GgufMoeError(f"{config.path}: hidden_act is {activation!r}, but llama.cpp computes 'silu'")
     if facts.head_size % 2:
         raise GgufMoeError(f"{config.path}: a head size of {facts.head_size} is odd; rotary embedding needs pairs")
     if heads % kv_heads:

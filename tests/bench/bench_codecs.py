@@ -1,8 +1,8 @@
 """Speed of the codecs beside ggml's, on one core: python tests/bench/bench_codecs.py [--json FILE]
 
 512 x 4096 float32 weights, normal * 0.02; encoding by each of our backends and by ggml_quantize_chunk (libggml-python)
-alternately in this process, best of five by processor time, without and with importance. Bytes are compared with ggml's,
-with importance with those of the current ggml in xllamacpp. Prints a table; no limit is checked here.
+alternately in this process, best of five by processor time, without and with importance. Bytes are compared with
+ggml's, with importance with those of the current ggml in xllamacpp. Prints a table; no limit is checked here.
 """
 
 from __future__ import annotations
@@ -58,9 +58,7 @@ def main() -> None:
     x = rng.standard_normal((ROWS, COLUMNS), np.float32) * np.float32(0.02)
     w = np.abs(rng.standard_normal(COLUMNS, np.float32))
     out = sys.stdout.write
-    out(
-        f"NumPy {np.__version__}, ggml {oracle.load('libggml-python').version}, one core, millions of weights a second\n\n"
-    )
+    out(f"NumPy {np.__version__}, ggml {oracle.load('libggml-python').version}, one core, Mweights/s\n\n")
     out(f"| format | {' | '.join(BACKENDS)} | ggml | {BEST} / ggml | bytes equal | our decoding |\n")
     out("|---|" + "---:|" * (len(BACKENDS) + 2) + "---|---:|\n")
     rows = []
