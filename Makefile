@@ -5,10 +5,10 @@ BIN    := $(VENV)/bin
 MERGE  := tests/data/TidePool-4x4M-v1
 DEMO   := build/demo/TidePool-4x4M-v1-Q4_K_M.gguf
 
-.PHONY: help setup demo test test-long bench lint format golden clean
+.PHONY: help setup demo test test-long test-asan bench bench-convert lint format golden clean
 
 help:
-	@echo "setup  demo  test  test-long  bench  lint  format  golden  clean"
+	@echo "setup  demo  test  test-long  test-asan  bench  lint  format  golden  clean"
 
 setup: $(VENV)/.ready
 
@@ -30,8 +30,19 @@ test: setup  ## the fast tests
 test-long: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m long
 
+test-asan:  ## the C kernels under AddressSanitizer and UBSan: odd lengths, addresses and strides, NaN, infinities
+	@command -v $(CC) >/dev/null || { echo "test-asan: no C compiler ($(CC)), nothing to check"; exit 0; }; \
+	mkdir -p build && set -x && \
+	$(CC) -std=c11 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all \
+		-fsanitize=address,undefined,float-cast-overflow -Iquant/native \
+		tests/quant/sanitize.c $(filter-out %/module.c,$(wildcard quant/native/*.c)) -lm -o build/sanitize && \
+	build/sanitize
+
 bench: setup  ## the codecs beside ggml, one core
 	$(BIN)/python tests/bench/bench_codecs.py --json build/bench.json
+
+bench-convert: setup  ## a model of a billion parameters beside reading and writing it (5 GB of temporary files)
+	$(BIN)/python tests/bench/bench_convert.py
 
 lint: setup
 	$(BIN)/ruff check .
