@@ -61,6 +61,11 @@ def near(v: np.ndarray) -> np.ndarray:
     return bits
 
 
+def inverse(d: np.ndarray) -> np.ndarray:
+    """1 / d, and 0 where d is 0; a NaN is not 0."""
+    return np.where(d != 0, ONE / d, ZERO)
+
+
 def clamp(codes: np.ndarray, low: int, high: int) -> np.ndarray:
     """Clamp integers in place and return them (np.clip spends longer on its arguments than a lane array takes)."""
     np.maximum(codes, codes.dtype.type(low), out=codes)

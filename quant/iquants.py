@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from .fit import ZERO, F, clamp, from_lanes, near, peak, to_lanes
+from .fit import F, clamp, from_lanes, inverse, near, peak, to_lanes
 from .floats import from_f16, to_f16
 from .formats import FORMATS
 from .packing import join_planes, pack_scales_8x6, split_planes, unpack_scales_8x6
 from .weighted import TABLE, importance_weights, nearest_code, sum_of_squares, table
-
-
-def _inverse(d: np.ndarray) -> np.ndarray:
-    return np.where(d != 0, F(1) / d, ZERO)
 
 
 def _fit(x: np.ndarray, importance: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -33,7 +29,7 @@ def encode_iq4_nl(x: np.ndarray, importance: np.ndarray | None, row_blocks: int)
     lanes, scale = _fit(x, importance)
     out = np.empty(len(x), FORMATS["IQ4_NL"].dtype)
     out["d"] = to_f16(scale)
-    q = nearest_code(lanes * _inverse(scale))
+    q = nearest_code(lanes * inverse(scale))
     out["qs"] = join_planes(from_lanes(q, 32), 4, 16)
     return out
 
@@ -53,9 +49,9 @@ def encode_iq4_xs(x: np.ndarray, importance: np.ndarray | None, row_blocks: int)
     d = -largest / F(32)
     out = np.empty(len(x), FORMATS["IQ4_XS"].dtype)
     out["d"] = to_f16(d)
-    s = clamp(near(_inverse(d)[:, None] * scale), -32, 31)
+    s = clamp(near(inverse(d)[:, None] * scale), -32, 31)
     delta = (d[:, None] * s.astype(F)).ravel()  # the float32 d, not the stored one
-    q = nearest_code(lanes * _inverse(delta))
+    q = nearest_code(lanes * inverse(delta))
     out["sl"], out["sh"] = pack_scales_8x6((s + 32).astype(np.uint8))
     out["qs"] = join_planes(from_lanes(q, 256), 4, 16)
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .fit import ZERO, F, affine, extremes, from_lanes, peak, strict_extremes, symmetric, to_lanes
+from .fit import F, affine, extremes, from_lanes, inverse, peak, strict_extremes, symmetric, to_lanes
 from .floats import from_f16, to_f16
 from .formats import FORMATS
 from .packing import join_bits, join_planes, split_bits, split_planes
@@ -24,10 +24,6 @@ def trunc(v: np.ndarray) -> np.ndarray:
     return np.where(inside, v, F(-(2.0**31))).astype(np.int32)
 
 
-def _inverse(d: np.ndarray) -> np.ndarray:
-    return np.where(d != 0, F(1) / d, ZERO)  # a NaN is not 0
-
-
 def _encode_signed(fmt: str, n_max: int):
     """Q4_0 and Q5_0: x ~ d * (q - n_max); d from the signed value of largest magnitude, so q = 0 is hit exactly."""
 
@@ -40,7 +36,7 @@ def _encode_signed(fmt: str, n_max: int):
         bounds = extremes(x)
         _, m = peak(x, bounds)
         d = m / F(-n_max)
-        r = _inverse(d)
+        r = inverse(d)
         reach = (np.maximum(np.abs(bounds[0]), np.abs(bounds[1])) * np.abs(r)).max()
         x *= r
         x += F(n_max + 0.5)
@@ -65,7 +61,7 @@ def _encode_affine(fmt: str, n_max: int):
         bounds = extremes(x)
         low, high = strict_extremes(x, bounds, start=(FLT_MAX, -FLT_MAX))
         d = (high - low) / F(n_max)
-        r = _inverse(d)
+        r = inverse(d)
         reach = ((bounds[1] - low) * r).max()
         x -= low
         x *= r
@@ -136,7 +132,7 @@ def encode_q8_0(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -
         for magnitude in np.abs(v[:, lane]):
             a[lane] = a[lane] if a[lane] > magnitude else magnitude
     d = a / F(127)
-    r = _inverse(d)
+    r = inverse(d)
     reach = (np.maximum(np.abs(low), np.abs(high)) * r).max()
     v *= r
     # Below 2**22 adding the float just under a half and truncating is roundf, also for 0.49999997.
