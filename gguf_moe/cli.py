@@ -23,7 +23,8 @@ from gguf_moe.convert import convert as run_plan
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.gguf_file import read_gguf
 from gguf_moe.plan import make_plan
-from gguf_moe.recipe import BITS, FileType, find_file_type
+from gguf_moe.recipe import BITS, FileType, Rules, find_file_type
+from gguf_moe.request import Request
 
 PLAIN_STEPS = 10  # progress lines where there is no terminal
 
@@ -48,6 +49,45 @@ def cli() -> None:
     """Convert merged mixtures of experts to GGUF files, with the bytes that llama.cpp would have written."""
 
 
+def _request_options(command: Callable) -> Callable:
+    """The options that become a `Request`, for every command that makes files."""
+    options = (
+        click.option(
+            "--tensor-type", multiple=True, metavar="PATTERN=TYPE", help="Type of the tensors whose name matches."
+        ),
+        click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight."),
+        click.option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight."),
+        click.option("--router-type", metavar="TYPE", help="Type of the routers; F32 by default."),
+        click.option("--pure", is_flag=True, help="The file type's main type for all matrices."),
+        click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight in the source's type."),
+        click.option("--strict", is_flag=True, help="Refuse a type that rows are too narrow for."),
+        click.option("--experts-used", type=click.IntRange(1), metavar="N", help="Experts of a token."),
+        click.option("--pre", metavar="NAME", help="Pre-tokenizer of a byte-level BPE tokenizer."),
+        click.option("--chat-template", metavar="FILE|none", help="Chat template, instead of the model's own."),
+        click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set a key."),
+        click.option("--metadata", type=click.Path(path_type=Path), help="JSON file of general.* keys."),
+        click.option("--name", help="general.name, and the default file name's first part."),
+        click.option("--size-label", metavar="LABEL", help="general.size_label, as 4x7B."),
+        click.option("--allow-requantize", is_flag=True, help="Take a GGUF whose tensors are quantized already."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _as_request(
+    tensor_type: tuple[str, ...],
+    output_tensor_type: str | None,
+    token_embedding_type: str | None,
+    router_type: str | None,
+    pure: bool,
+    leave_output_tensor: bool,
+    **asked: Any,
+) -> Request:
+    rules = Rules(tensor_type, output_tensor_type, token_embedding_type, router_type, pure, leave_output_tensor)
+    return Request(rules=rules, **asked)
+
+
 @cli.command()
 @click.argument("model_dir", type=click.Path(path_type=Path))
 @click.option("--bits", type=click.Choice([str(b) for b in BITS]), help="Bits a weight; short for a usual --quant.")
@@ -56,6 +96,7 @@ def cli() -> None:
 @click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, tensor by tensor, and write nothing.")
+@_request_options
 def convert(
     model_dir: Path,
     bits: str | None,
@@ -64,10 +105,11 @@ def convert(
     threads: int | None,
     force: bool,
     dry_run: bool,
+    **asked: Any,
 ) -> None:
     """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
     file_type = _asked_file_type(bits, quant_name)
-    plan = make_plan(open_checkpoint(model_dir), file_type)
+    plan = make_plan(open_checkpoint(model_dir), file_type, _as_request(**asked))
     target = output or (model_dir if model_dir.name not in ("", "..") else model_dir.resolve()).parent
     if target.is_dir():
         target = target / plan.default_name

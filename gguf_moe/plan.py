@@ -18,6 +18,7 @@ from gguf_moe.checkpoint import Checkpoint
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.gguf_file import TensorInfo, encode_header, padded
 from gguf_moe.recipe import Choice, FileType, RecipeFacts, choose_type
+from gguf_moe.request import Request
 from gguf_moe.tokenizer import Vocabulary, read_vocabulary
 from quant import FORMATS
 
@@ -71,11 +72,12 @@ class Plan:
         return dict(Counter(t.info.type for t in self.tensors).most_common())
 
 
-def make_plan(checkpoint: Checkpoint, file_type: FileType) -> Plan:
+def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | None = None) -> Plan:
     """Plan the conversion of a checkpoint to one file type.
 
     Raises GgufMoeError for anything about the checkpoint that would not give a working file.
     """
+    request = request or Request()
     architecture = find_architecture(checkpoint.config)
     facts = architecture.facts(checkpoint.config)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)

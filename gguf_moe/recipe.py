@@ -66,6 +66,18 @@ FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6
 
 
 @dataclass(frozen=True)
+class Rules:
+    """What a user wants otherwise than the file type has it."""
+
+    tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE, the first match wins
+    output: str | None = None
+    token_embedding: str | None = None
+    router: str | None = None
+    pure: bool = False
+    leave_output: bool = False
+
+
+@dataclass(frozen=True)
 class RecipeFacts:
     """What the rules ask of a model: its layers, experts and grouped-query ratio, and whether embeddings are tied."""
 

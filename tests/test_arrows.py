@@ -10,15 +10,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": {"checkpoint", "convert", "errors", "gguf_file", "plan", "recipe", "report"},
+    "cli": {"checkpoint", "convert", "errors", "gguf_file", "plan", "recipe", "report", "request"},
     "__main__": {"cli"},
     "__init__": set(),
     "report": {"gguf_file", "plan"},
     "convert": {"checkpoint", "errors", "gguf_file", "mapping", "plan"},
-    "plan": {"arch", "checkpoint", "errors", "gguf_file", "mapping", "recipe", "tokenizer"},
+    "plan": {"arch", "checkpoint", "errors", "gguf_file", "mapping", "recipe", "request", "tokenizer"},
     "mapping": {"arch", "checkpoint", "errors"},
     "arch": {"arch", "checkpoint", "errors"},
     "tokenizer": {"checkpoint", "errors"},
+    "request": {"recipe"},
     "recipe": {"errors"},
     "gguf_file": {"errors"},
     "checkpoint": {"errors"},
