@@ -30,13 +30,22 @@ test: setup  ## the fast tests
 test-long: setup  ## the tests that take minutes
 	$(BIN)/python -m pytest -m long
 
-test-asan:  ## the C kernels under AddressSanitizer and UBSan: odd lengths, addresses and strides, NaN, infinities
+SANITIZE := -std=c11 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all \
+	-fsanitize=address,undefined,float-cast-overflow
+ASAN     := build/asan
+
+test-asan: setup  ## the C kernels under AddressSanitizer and UBSan: a driver with awkward buffers, then the codecs' own tests
 	@command -v $(CC) >/dev/null || { echo "test-asan: no C compiler ($(CC)), nothing to check"; exit 0; }; \
-	mkdir -p build && set -x && \
-	$(CC) -std=c11 -O1 -g -ffp-contract=off -Wno-psabi -fno-sanitize-recover=all \
-		-fsanitize=address,undefined,float-cast-overflow -Iquant/native \
-		tests/quant/sanitize.c $(filter-out %/module.c,$(wildcard quant/native/*.c)) -lm -o build/sanitize && \
-	build/sanitize
+	set -ex; rm -rf $(ASAN); mkdir -p $(ASAN)/quant; \
+	$(CC) $(SANITIZE) -Iquant/native tests/quant/sanitize.c $(filter-out %/module.c,$(wildcard quant/native/*.c)) \
+		-lm -o $(ASAN)/driver; \
+	$(ASAN)/driver; \
+	cp quant/*.py $(ASAN)/quant/; cp -r tests pyproject.toml $(ASAN)/; \
+	$(CC) $(SANITIZE) -fPIC -shared -fno-math-errno -fno-wrapv -DPy_LIMITED_API=0x030A0000 \
+		-I$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['include'])") \
+		quant/native/*.c -o $(ASAN)/quant/_native.abi3.so; \
+	cd $(ASAN); LD_PRELOAD=$$($(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 \
+		$(CURDIR)/$(BIN)/python -m pytest tests/quant -m "not long" -k "not numpy and not contraction"
 
 bench: setup  ## the codecs beside ggml, one core
 	$(BIN)/python tests/bench/bench_codecs.py --json build/bench.json

@@ -24,9 +24,6 @@ from gguf_moe.plan import Plan, TensorPlan
 PIECE_WEIGHTS = 1 << 20
 AHEAD = 2  # pieces that each thread may have encoded before they are written
 
-# Exponent bits all set: infinity or NaN, whatever the mantissa.
-_EXPONENTS = {"BF16": (np.uint16, 0x7F80), "F16": (np.uint16, 0x7C00), "F32": (np.uint32, 0x7F800000)}
-
 
 @dataclass(frozen=True)
 class Progress:
@@ -129,13 +126,13 @@ def _encode(piece: _Piece) -> np.ndarray:
 
 def _check_finite(rows: np.ndarray, slab: Slab, start: int) -> None:
     """Refuse NaN and infinity, which no block can hold, by the place in the source."""
-    kind, mask = _EXPONENTS[slab.source.dtype]
-    bad = (rows.view(kind) & kind(mask)) == mask
-    if bad.any():
-        row, column = np.argwhere(bad)[0]
-        place = slab.source_row(start + int(row)), int(column)
-        value = "NaN" if np.isnan(_float(rows[row, column], slab.source)) else "infinity"
-        raise GgufMoeError(f"{_where(slab.source)} holds {value} at {_index(slab.source, *place)}; mend the checkpoint")
+    found = quant.first_nonfinite(rows, dtype=SOURCE_DTYPES[slab.source.dtype][1])
+    if found is None:
+        return
+    row, column = divmod(found, rows.shape[1])
+    value = "NaN" if np.isnan(_float(rows[row, column], slab.source)) else "infinity"
+    index = _index(slab.source, slab.source_row(start + row), column)
+    raise GgufMoeError(f"{_where(slab.source)} holds {value} at {index}; mend the checkpoint")
 
 
 def _check_scales(encoded: np.ndarray, tensor: TensorPlan, slab: Slab, start: int) -> None:

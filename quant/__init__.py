@@ -22,6 +22,7 @@ __all__ = [
     "Format",
     "backend",
     "dequantize",
+    "first_nonfinite",
     "first_nonfinite_scale",
     "quantize",
     "use_backend",
@@ -83,14 +84,34 @@ def dequantize(data: np.ndarray, fmt: str) -> np.ndarray:
     return out
 
 
+def first_nonfinite(x: np.ndarray, *, dtype: str | None = None) -> int | None:
+    """Index, counted over all weights in order, of the first infinity or NaN, which no block can hold. None if there is
+    none. x, dtype and errors as of `quantize`."""
+    x = np.asarray(x)
+    _check_dtype(x, dtype)
+    if not x.size:
+        return None
+    rows = x.reshape(-1, x.shape[-1] if x.ndim else 1)
+    if native := level():
+        found = compiled.first_nonfinite(native, rows)
+        return None if found < 0 else found
+    height = max(1, PIECE // rows.shape[1])
+    for start in range(0, len(rows), height):
+        finite = np.isfinite(_widen(rows[start : start + height], dtype))
+        if not finite.all():
+            return start * rows.shape[1] + int(np.argmin(finite))
+    return None
+
+
 def first_nonfinite_scale(data: np.ndarray, fmt: str) -> int | None:
     """Index, counted over all blocks in order, of the first with an infinite or NaN scale field (d, dmin, m; in F32,
     F16 and BF16 the value itself). None if there is none. Errors as `dequantize`."""
     form, blocks = _as_blocks(data, fmt)
+    if form.block_length == 1:
+        return first_nonfinite(blocks["x"], dtype="bf16" if form.name == "BF16" else None)
     first = None
     for field in form.scale_fields:
-        values = blocks[field].ravel()
-        finite = np.isfinite(from_bf16(values) if form.name == "BF16" else values)
+        finite = np.isfinite(blocks[field].ravel())
         if not finite.all():
             index = int(np.argmin(finite))
             first = index if first is None else min(first, index)

@@ -56,3 +56,10 @@ def decode(level: str, form: Format, blocks: np.ndarray, out: np.ndarray) -> Non
             _native.decode(
                 LEVELS.index(level), form.ggml_id, rows.ctypes.data, *target.shape, rows.strides[0], target.ctypes.data
             )
+
+
+def first_nonfinite(level: str, x: np.ndarray) -> int:
+    """Number of the first infinity or NaN in x [rows, columns], dtypes as of `encode`; -1 if there is none."""
+    rows = _rows(x)
+    source_type = FORMATS[_SOURCE_TYPES[x.dtype]].ggml_id
+    return _native.first_nonfinite(LEVELS.index(level), rows.ctypes.data, source_type, *rows.shape, rows.strides[0])

@@ -22,7 +22,9 @@ struct batch {
     int blocks;     /* blocks in use */
     int subs;       /* sub-blocks in use */
     int importance; /* given */
-    float x[BATCH_WEIGHTS], im[BATCH_WEIGHTS];
+    int searched;   /* or encoded directly */
+    const float *x; /* of `own`, or where the caller has them */
+    float own[BATCH_WEIGHTS], im[BATCH_WEIGHTS];
     float sigma2[SUBS]; /* one for each sub-block, the same within a block */
     float scale[SUBS], offset[SUBS], weight[SUBS];
     float s[SUBS], shift[SUBS]; /* the rule for the codes, see search.h */
@@ -38,8 +40,18 @@ struct cursor {
 
 static int64_t item_bytes(int type) { return type == QUANT_F32 ? 4 : 2; }
 
+static const uint8_t *place(const struct quant_source *src, int64_t row, int64_t column) {
+    return src->base + row * src->row_stride + column * item_bytes(src->type);
+}
+
+/* Are the n weights from there on aligned floats, one after the other? */
+static int in_place(const struct quant_source *src, const struct cursor *at, int64_t n) {
+    return src->type == QUANT_F32 && (uintptr_t)place(src, at->row, at->column) % sizeof(float) == 0 &&
+           (src->row_stride == src->columns * (int64_t)sizeof(float) || src->columns - at->column >= n);
+}
+
 static void widen_run(const struct quant_source *src, int64_t row, int64_t column, int64_t n, float *dst) {
-    const uint8_t *p = src->base + row * src->row_stride + column * item_bytes(src->type);
+    const uint8_t *p = place(src, row, column);
     if (src->type == QUANT_F32)
         memcpy(dst, p, sizeof(float) * (size_t)n);
     else
@@ -51,17 +63,21 @@ static void widen_run(const struct quant_source *src, int64_t row, int64_t colum
 static void fill_batch(struct batch *b, struct cursor *at, int64_t blocks, const float *row_sigma2, int64_t row0) {
     const struct quant_source *src = at->src;
     const int tile = WIDTH * b->n;
-    int filled = 0, wanted, padded;
+    int filled = 0, wanted, padded, copied;
     if (blocks > BATCH_WEIGHTS / b->block)
         blocks = BATCH_WEIGHTS / b->block;
     b->blocks = (int)blocks;
     wanted = b->blocks * b->block;
     b->subs = wanted / b->n;
+    /* what is to be padded must be ours; and for a search copying pays as prefetching */
+    copied = b->searched || wanted < BATCH_WEIGHTS || !in_place(src, at, wanted);
+    b->x = copied ? b->own : (const float *)(const void *)place(src, at->row, at->column);
     while (filled < wanted) {
         int64_t run = src->columns - at->column;
         if (run > wanted - filled)
             run = wanted - filled;
-        widen_run(src, at->row, at->column, run, b->x + filled);
+        if (copied)
+            widen_run(src, at->row, at->column, run, b->own + filled);
         if (b->importance)
             memcpy(b->im + filled, src->importance + at->column, sizeof(float) * (size_t)run);
         if (row_sigma2)
@@ -79,7 +95,7 @@ static void fill_batch(struct batch *b, struct cursor *at, int64_t blocks, const
         padded = LANES * b->block; /* block statistics take LANES blocks at a time */
     if (padded > BATCH_WEIGHTS)
         padded = BATCH_WEIGHTS;
-    memset(b->x + wanted, 0, sizeof(float) * (size_t)(padded - wanted));
+    memset(b->own + wanted, 0, sizeof(float) * (size_t)(padded - wanted));
     if (b->importance)
         memset(b->im + wanted, 0, sizeof(float) * (size_t)(padded - wanted));
     for (int j = b->subs; j < padded / b->n; j++)
@@ -88,10 +104,10 @@ static void fill_batch(struct batch *b, struct cursor *at, int64_t blocks, const
 
 /* Sequential sums of x * x over LANES rows, `stride` floats apart, of n weights each, going on from `sum`. */
 static vf add_squares(const float *rows, int64_t stride, int n, vf sum) {
-    vf x[LANES * GROUPS];
+    vf x[LANES];
     for (int i = 0; i < n; i += LANES) {
-        transpose_square(rows + i, stride, x);
-        EACH_LANE sum += x[k * GROUPS] * x[k * GROUPS];
+        transpose_square(rows + i, stride, x, 1);
+        EACH_LANE sum += x[k] * x[k];
     }
     return sum;
 }
@@ -111,12 +127,18 @@ static void block_sigma2(struct batch *b, float times, float over) {
 /* sigma2 of LANES rows from row0 on (those past the end repeat the last): sum over the row / columns */
 static void row_sigma2(const struct quant_source *src, int64_t row0, float *out) {
     float chunk[LANES * 256];
+    const struct cursor first = {src, row0, 0};
+    const int direct = in_place(src, &first, src->columns) && src->row_stride % (int64_t)sizeof(float) == 0 &&
+                       src->rows - row0 >= LANES;
     vf sum = splat(0);
     for (int64_t c = 0; c < src->columns; c += 256) {
         const int n = src->columns - c < 256 ? (int)(src->columns - c) : 256;
-        for (int k = 0; k < LANES; k++)
+        for (int k = 0; k < LANES && !direct; k++)
             widen_run(src, row0 + k < src->rows ? row0 + k : src->rows - 1, c, n, chunk + k * 256);
-        sum = add_squares(chunk, 256, n, sum);
+        if (direct)
+            sum = add_squares((const float *)(const void *)place(src, row0, c), src->row_stride / (int64_t)sizeof(float), n, sum);
+        else
+            sum = add_squares(chunk, 256, n, sum);
     }
     store(out, sum / splat((float)src->columns));
 }
@@ -189,11 +211,39 @@ static void search_symmetric(struct batch *b, int N, enum weighing kind) {
     }
 }
 
+/* The codes of a sub-block, WIDTH floats apart */
+static float *code_column(struct batch *b, int sub) {
+    return (float *)(b->codes + sub / WIDTH * b->n * GROUPS) + sub % WIDTH;
+}
+
+/* One sweep over all, the others only over the sub-blocks that it changed (a quarter), taken together: a sub-block left as it
+ * was stays so. */
 static void search_coordinate(struct batch *b, int N) {
-    vf x[SUB_MAX * GROUPS];
+    vf x[SUB_MAX * GROUPS], codes[SUB_MAX * GROUPS];
+    float rows[SUB_MAX * WIDTH], scale[WIDTH];
+    int32_t changed[WIDTH];
+    int again[SUBS], count = 0;
     for (int t = 0; t * WIDTH < b->subs; t++) {
         to_lanes(b->n, b->x + t * WIDTH * b->n, x);
-        coordinate_search(b->n, N, x, b->scale + t * WIDTH, b->codes + t * b->n * GROUPS);
+        coordinate_search(b->n, N, 1, x, b->scale + t * WIDTH, b->codes + t * b->n * GROUPS, changed);
+        for (int k = 0; k < WIDTH; k++)
+            if (changed[k])
+                again[count++] = t * WIDTH + k;
+    }
+    memset(rows, 0, sizeof rows);
+    for (int at = 0; at < count; at += WIDTH) {
+        const int here = count - at < WIDTH ? count - at : WIDTH;
+        for (int k = 0; k < here; k++)
+            memcpy(rows + k * b->n, b->x + again[at + k] * b->n, sizeof(float) * (size_t)b->n);
+        to_lanes(b->n, rows, x);
+        coordinate_search(b->n, N, 5, x, scale, codes, changed);
+        for (int k = 0; k < here; k++) {
+            float *to = code_column(b, again[at + k]);
+            const float *from = (const float *)codes + k;
+            b->scale[again[at + k]] = scale[k];
+            for (int i = 0; i < b->n; i++)
+                to[i * WIDTH] = from[i * WIDTH];
+        }
     }
 }
 
@@ -233,8 +283,8 @@ static void symmetric_codes(int n, int N, const float *x, float s, int32_t *L) {
         store_int(L + i, clamp_int(near_bits(splat(s) * load(x + i)), -N, N - 1) + splat_int(N));
 }
 
-static void coordinate_codes(const struct batch *b, int sub, int32_t *L) {
-    const float *column = (const float *)(b->codes + sub / WIDTH * b->n * GROUPS) + sub % WIDTH;
+static void coordinate_codes(struct batch *b, int sub, int32_t *L) {
+    const float *column = code_column(b, sub);
     for (int i = 0; i < b->n; i++)
         L[i] = (int32_t)column[i * WIDTH];
 }

@@ -89,4 +89,19 @@ NOINLINE void narrow(int type_half, const float *src, int64_t n, uint8_t *dst) {
         narrow_lanes(type_half, src + i, (int)(n - i), dst + 2 * i);
 }
 
+/* Is a weight among n of them infinite or NaN: all exponent bits set? Integers only, so the compiler vectorizes the loops. */
+#define ANY_NONFINITE(name, type, exponent) \
+    NOINLINE int name(const uint8_t *src, int64_t n) { \
+        int found = 0; \
+        for (int64_t i = 0; i < n; i++) { \
+            type u; \
+            memcpy(&u, src + i * (int64_t)sizeof u, sizeof u); \
+            found |= (u & exponent) == exponent; \
+        } \
+        return found; \
+    }
+ANY_NONFINITE(any_nonfinite_f32, uint32_t, 0x7F800000)
+ANY_NONFINITE(any_nonfinite_f16, uint16_t, 0x7C00)
+ANY_NONFINITE(any_nonfinite_bf16, uint16_t, 0x7F80)
+
 #endif

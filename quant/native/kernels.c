@@ -74,13 +74,15 @@ static int check(int level, int format, int64_t rows, int64_t columns) {
     return QUANT_OK;
 }
 
+static int is_source(int type) { return type == QUANT_F32 || type == QUANT_F16 || type == QUANT_BF16; }
+
 int quant_encode(int level, int format, const void *src, int src_type, int64_t rows, int64_t columns,
                  int64_t row_stride_bytes, const float *importance, uint8_t *dst) {
     const struct quant_source source = {src, src_type, rows, columns, row_stride_bytes, importance};
     const int status = check(level, format, rows, columns);
     if (status != QUANT_OK)
         return status;
-    if (src_type != QUANT_F32 && src_type != QUANT_F16 && src_type != QUANT_BF16)
+    if (!is_source(src_type))
         return QUANT_BAD_TYPE;
     if (rows > 0 && columns > 0)
         levels[level].kernels->encode(format, &source, dst);
@@ -98,4 +100,17 @@ int quant_decode(int level, int format, const uint8_t *src, int64_t rows, int64_
         dst += columns;
     }
     return QUANT_OK;
+}
+
+int64_t quant_first_nonfinite(int level, const void *src, int src_type, int64_t rows, int64_t columns, int64_t row_stride_bytes) {
+    const uint8_t *base = src;
+    const int status = is_source(src_type) ? check(level, src_type, rows, columns) : QUANT_BAD_TYPE;
+    if (status != QUANT_OK)
+        return status - 1; /* -1 is an answer */
+    for (int64_t row = 0; row < rows && columns > 0; row++) {
+        const int64_t found = levels[level].kernels->first_nonfinite(src_type, base + row * row_stride_bytes, columns);
+        if (found >= 0)
+            return row * columns + found;
+    }
+    return -1;
 }

@@ -38,6 +38,10 @@ int quant_encode(int level, int format, const void *src, int src_type, int64_t r
 int quant_decode(int level, int format, const uint8_t *src, int64_t rows, int64_t columns, int64_t row_stride_bytes,
                  float *dst);
 
+/* Number of the first infinity or NaN, counted along the rows from 0; -1 if there is none; a status less 1
+ * if it fails. Arguments as of quant_encode. */
+int64_t quant_first_nonfinite(int level, const void *src, int src_type, int64_t rows, int64_t columns, int64_t row_stride_bytes);
+
 /* Levels are numbered 0 (baseline: runs everywhere) to quant_level_count() - 1; a number is usable if supported. */
 int quant_level_count(void);
 const char *quant_level_name(int level); /* NULL if there is no such level */
@@ -58,6 +62,7 @@ struct quant_kernels {
     int lanes;
     void (*encode)(int format, const struct quant_source *src, uint8_t *dst);
     void (*decode)(int format, const uint8_t *src, int64_t n, float *dst); /* one row of n weights */
+    int64_t (*first_nonfinite)(int type, const uint8_t *src, int64_t n);
 };
 extern const struct quant_kernels quant_kernels_baseline, quant_kernels_avx2, quant_kernels_avx512;
 

@@ -12,7 +12,7 @@ static void encode_batch(struct batch *b, int format, uint8_t *dst) {
     case QUANT_IQ4_NL: encode_iq4_nl(b, dst); break;
     case QUANT_IQ4_XS: encode_iq4_xs(b, dst); break;
     default:
-        if (b->importance)
+        if (b->searched)
             encode_searched(b, format, dst);
         else
             encode_direct(b, format, dst);
@@ -61,6 +61,7 @@ static void encode(int format, const struct quant_source *src, uint8_t *dst) {
     b.block = quant_block_length(format);
     b.n = format == QUANT_Q2_K || format == QUANT_Q3_K || format == QUANT_Q6_K ? 16 : 32;
     b.importance = src->importance != NULL && format != QUANT_Q8_0;
+    b.searched = b.importance || b.block == 256 || format == QUANT_IQ4_NL;
     if (b.importance && b.block == 32 && format != QUANT_IQ4_NL) { /* their statistic is that of the whole row */
         for (int64_t row = 0; row < src->rows; row += LANES) {
             float sigma2[LANES];
@@ -87,4 +88,19 @@ static void decode(int format, const uint8_t *src, int64_t n, float *dst) {
     }
 }
 
-const struct quant_kernels LEVEL = {LANES, encode, decode};
+/* In pieces, so that the place is found soon */
+static int64_t first_nonfinite(int type, const uint8_t *src, int64_t n) {
+    int (*const any)(const uint8_t *, int64_t) =
+        type == QUANT_F32 ? any_nonfinite_f32 : type == QUANT_F16 ? any_nonfinite_f16 : any_nonfinite_bf16;
+    const int64_t size = item_bytes(type);
+    for (int64_t i = 0; i < n; i += 1024) {
+        if (!any(src + i * size, n - i < 1024 ? n - i : 1024))
+            continue;
+        while (!any(src + i * size, 1))
+            i++;
+        return i;
+    }
+    return -1;
+}
+
+const struct quant_kernels LEVEL = {LANES, encode, decode, first_nonfinite};

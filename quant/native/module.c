@@ -60,6 +60,23 @@ static PyObject *decode(PyObject *self, PyObject *args) {
     Py_RETURN_NONE;
 }
 
+PyDoc_STRVAR(first_nonfinite_doc, "first_nonfinite(level, source, source_type, rows, columns, row_stride)\n--\n\n"
+                                  "Number of the first infinity or NaN, or -1. Arguments as of encode. Releases the GIL.");
+static PyObject *first_nonfinite(PyObject *self, PyObject *args) {
+    int level, type;
+    unsigned long long source;
+    long long rows, columns, stride, found;
+    (void)self;
+    if (!PyArg_ParseTuple(args, "iKiLLL:first_nonfinite", &level, &source, &type, &rows, &columns, &stride))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    found = quant_first_nonfinite(level, (const void *)(uintptr_t)source, type, rows, columns, stride);
+    Py_END_ALLOW_THREADS
+    if (found < -1)
+        return failure((int)found + 1);
+    return PyLong_FromLongLong(found);
+}
+
 PyDoc_STRVAR(levels_doc, "levels()\n--\n\nThe CPU levels this machine runs, the number of each its index, the best one last.");
 static PyObject *levels(PyObject *self, PyObject *unused) {
     const int count = quant_best_level() + 1;
@@ -77,6 +94,7 @@ static PyObject *levels(PyObject *self, PyObject *unused) {
 static PyMethodDef methods[] = {
     {"encode", encode, METH_VARARGS, encode_doc},
     {"decode", decode, METH_VARARGS, decode_doc},
+    {"first_nonfinite", first_nonfinite, METH_VARARGS, first_nonfinite_doc},
     {"levels", levels, METH_NOARGS, levels_doc},
     {NULL, NULL, 0, NULL},
 };

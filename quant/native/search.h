@@ -32,8 +32,11 @@ struct sums {
     vf a[GROUPS], b[GROUPS], c[GROUPS];
 };
 
-/* Codes of one step and the sums over them. exact: by the bit formula, needed where |s * (x - lo)| may reach 2^22. */
-INLINE void affine_sums(int exact, int n, int N, const vf *x, const vf *w, const vf *s, const vf *lo, vf *l,
+/* How a step rounds: FAST needs |s * (x - lo)| < 2^22; GUARDED bounds the value first, EXACT rounds by the bit formula. */
+enum rounding { FAST, GUARDED, EXACT };
+
+/* Codes of one step and the sums over them */
+INLINE void affine_sums(enum rounding rounding, int n, int N, const vf *x, const vf *w, const vf *s, const vf *lo, vf *l,
                         struct sums *sum) {
     const vf top = splat_limit((float)N), zero = splat_limit(0);
     vf a[GROUPS], b[GROUPS], c[GROUPS], f[GROUPS], t[GROUPS];
@@ -46,10 +49,10 @@ INLINE void affine_sums(int exact, int n, int N, const vf *x, const vf *w, const
         EACH_GROUP {
             const vf xi = x[i * GROUPS + g];
             vf v = f[g] * (xi - t[g]);
-            if (exact)
+            if (rounding == EXACT)
                 v = to_float(clamp_int(near_bits(v), 0, N));
             else
-                v = near_small(smaller(larger(v, zero), top));
+                v = near_small(rounding == FAST ? cap(floor_zero(v, zero), top) : smaller(larger(v, zero), top));
             l[i * GROUPS + g] = v;
             const vf wl = w[i * GROUPS + g] * v;
             a[g] += wl;
@@ -64,9 +67,12 @@ INLINE void affine_sums(int exact, int n, int N, const vf *x, const vf *w, const
     }
 }
 
-NOINLINE void affine_sums_exact(int n, int N, const vf *x, const vf *w, const vf *s, const vf *lo, vf *l,
-                                struct sums *sum) {
-    affine_sums(1, n, N, x, w, s, lo, l, sum);
+NOINLINE void affine_sums_slow(int guarded, int n, int N, const vf *x, const vf *w, const vf *s, const vf *lo, vf *l,
+                               struct sums *sum) {
+    if (guarded)
+        affine_sums(GUARDED, n, N, x, w, s, lo, l, sum);
+    else
+        affine_sums(EXACT, n, N, x, w, s, lo, l, sum);
 }
 
 /* E = sum of w * |delta| or w * delta^2 with delta = scale * l + lo - x */
@@ -124,9 +130,9 @@ NOINLINE void affine_search(const struct affine *p, const vf *x, const vf *w, st
         range |= affine_out_of_range(s[g], lo[g], least[g], hi[g]);
     }
     if (any(range))
-        affine_sums_exact(n, N, x, w, s, lo, l, &sum);
+        affine_sums_slow(0, n, N, x, w, s, lo, l, &sum);
     else
-        affine_sums(0, n, N, x, w, s, lo, l, &sum);
+        affine_sums(FAST, n, N, x, w, s, lo, l, &sum);
     if (p->absolute)
         affine_error(1, n, x, w, l, scale, lo, best);
     else
@@ -142,10 +148,10 @@ NOINLINE void affine_search(const struct affine *p, const vf *x, const vf *w, st
             s[g] = numerator / select(flat[g], one, hi[g] - lo[g]);
             range |= affine_out_of_range(s[g], lo[g], least[g], hi[g]);
         }
-        if (!p->guarded && any(range))
-            affine_sums_exact(n, N, x, w, s, lo, l, &sum);
+        if (any(range))
+            affine_sums_slow(p->guarded, n, N, x, w, s, lo, l, &sum);
         else
-            affine_sums(0, n, N, x, w, s, lo, l, &sum);
+            affine_sums(FAST, n, N, x, w, s, lo, l, &sum);
         EACH_GROUP {
             const vf a = sum.a[g], b = sum.b[g], c = sum.c[g];
             const vf D = W[g] * b - a * a;
@@ -205,7 +211,7 @@ INLINE vi signed_extreme(int n, const vf *x, int g, vf *amax, vf *m) {
     return ~EQUAL(odd, splat(0));
 }
 
-INLINE void symmetric_pass(int exact, int n, int N, const vf *x, const vf *wx, const vf *w, const vf *s, vf *p, vf *q) {
+INLINE void symmetric_pass(int exact, int both, int n, int N, const vf *x, const vf *wx, const vf *w, const vf *s, vf *p, vf *q) {
     const vf bottom = splat_limit((float)-N), top = splat_limit((float)(N - 1));
     vf ps[GROUPS], qs[GROUPS], f[GROUPS];
     EACH_GROUP {
@@ -218,7 +224,7 @@ INLINE void symmetric_pass(int exact, int n, int N, const vf *x, const vf *wx, c
             if (exact)
                 l = to_float(clamp_int(near_bits(l), -N, N - 1));
             else
-                l = near_small(smaller(larger(l, bottom), top));
+                l = near_small(cap(both ? select(LESS(l, bottom), bottom, l) : l, top));
             ps[g] += wx[i * GROUPS + g] * l;
             qs[g] += (w[i * GROUPS + g] * l) * l;
         }
@@ -229,13 +235,15 @@ INLINE void symmetric_pass(int exact, int n, int N, const vf *x, const vf *wx, c
     }
 }
 
-/* p = sum of (w * x) * l, q = sum of (w * l) * l */
-NOINLINE void symmetric_sums(int exact, int n, int N, const vf *x, const vf *wx, const vf *w, const vf *s, vf *p,
-                             vf *q) {
+/* p = sum of (w * x) * l, q = sum of (w * l) * l with the codes of step k, whose |s * x| is at most N + 0.1 * k: only from
+ * k = 5 on can a code be below -N */
+NOINLINE void symmetric_sums(int exact, int k, int n, int N, const vf *x, const vf *wx, const vf *w, const vf *s, vf *p, vf *q) {
     if (exact)
-        symmetric_pass(1, n, N, x, wx, w, s, p, q);
+        symmetric_pass(1, 1, n, N, x, wx, w, s, p, q);
+    else if (k > 4)
+        symmetric_pass(0, 1, n, N, x, wx, w, s, p, q);
     else
-        symmetric_pass(0, n, N, x, wx, w, s, p, q);
+        symmetric_pass(0, 0, n, N, x, wx, w, s, p, q);
 }
 
 NOINLINE void symmetric_search(int n, int N, const vf *x, const vf *w, struct scale_fit *fit) {
@@ -253,7 +261,7 @@ NOINLINE void symmetric_search(int n, int N, const vf *x, const vf *w, struct sc
     }
     const int exact = any(odd); /* with finite x, |s * x| stays below N + 1 */
     EACH_GROUP best_s[g] = splat((float)-N) / m[g];
-    symmetric_sums(exact, n, N, x, wx, w, best_s, p, q);
+    symmetric_sums(exact, 0, n, N, x, wx, w, best_s, p, q);
     EACH_GROUP {
         scale[g] = select(EQUAL(q[g], zero), zero, p[g] / q[g]);
         best[g] = scale[g] * p[g];
@@ -262,7 +270,7 @@ NOINLINE void symmetric_search(int n, int N, const vf *x, const vf *w, struct sc
         if (k == 0)
             continue;
         EACH_GROUP s[g] = splat(-((float)N + 0.1f * (float)k)) / m[g];
-        symmetric_sums(exact, n, N, x, wx, w, s, p, q);
+        symmetric_sums(exact, k, n, N, x, wx, w, s, p, q);
         vi better[GROUPS], some = splat_int(0);
         EACH_GROUP {
             better[g] = GREATER(q[g], zero) & GREATER(p[g] * p[g], best[g] * q[g]);

@@ -66,10 +66,10 @@ NOINLINE void table_search(const vf *x, const vf *w, float *scales) {
 
 /* --- coordinate search: make_q3_quants --- */
 
-/* One sweep over the codes L (here still -N .. N-1); returns whether any lane changed. */
-INLINE int coordinate_sweep(int n, int N, const vf *x, vf *L, vf *p, vf *q) {
+/* One sweep over the codes L (here still -N .. N-1); returns which lanes changed, in any group. */
+INLINE void coordinate_sweep(int n, int N, const vf *x, vf *L, vf *p, vf *q, vi *changed) {
     const vf zero = splat(0);
-    vi changed = splat_int(0);
+    EACH_GROUP changed[g] = splat_int(0);
     for (int i = 0; i < n; i++) {
         EACH_GROUP {
             const vf xi = x[i * GROUPS + g], old = L[i * GROUPS + g], w = xi * xi;
@@ -84,16 +84,16 @@ INLINE int coordinate_sweep(int n, int N, const vf *x, vf *L, vf *p, vf *q) {
             L[i * GROUPS + g] = select(better, l, old);
             p[g] = select(better, p2, p[g]);
             q[g] = select(better, q2, q[g]);
-            changed |= better;
+            changed[g] |= better;
         }
     }
-    return any(changed);
 }
 
-NOINLINE void coordinate_search(int n, int N, const vf *x, float *scales, vf *L) {
+/* With at most `sweeps` sweeps; last_changed: -1 for each lane that the last one changed, else 0 */
+NOINLINE void coordinate_search(int n, int N, int sweeps, const vf *x, float *scales, vf *L, int32_t *last_changed) {
     const vf zero = splat(0);
     vf p[GROUPS], q[GROUPS];
-    vi tiny[GROUPS];
+    vi tiny[GROUPS], changed[GROUPS], some;
     EACH_GROUP {
         vf amax, m;
         signed_extreme(n, x, g, &amax, &m);
@@ -108,12 +108,15 @@ NOINLINE void coordinate_search(int n, int N, const vf *x, float *scales, vf *L)
             q[g] += w * l * l;
         }
     }
-    for (int sweep = 0; sweep < 5; sweep++) /* a lane without a change stays as it is: no freezing */
-        if (!coordinate_sweep(n, N, x, L, p, q))
-            break;
+    do { /* a lane without a change stays as it is: no freezing */
+        coordinate_sweep(n, N, x, L, p, q, changed);
+        some = splat_int(0);
+        EACH_GROUP some |= changed[g];
+    } while (--sweeps > 0 && any(some));
     EACH_GROUP {
         const vf scale = select(GREATER(q[g], zero), p[g] / q[g], zero);
         store(scales + g * LANES, select(tiny[g], zero, scale));
+        store_int(last_changed + g * LANES, changed[g]);
         for (int i = 0; i < n; i++)
             L[i * GROUPS + g] = select(tiny[g], zero, L[i * GROUPS + g] + splat((float)N));
     }

@@ -22,9 +22,9 @@
 #endif
 #endif
 
-/* LANES vectors from LANES rows that are `stride` floats apart: column i of them in out[i * GROUPS]. After log2(LANES) rounds of
+/* LANES vectors from LANES rows that are `stride` floats apart: column i of them in out[i * apart]. After log2(LANES) rounds of
  * zipping row i with row i + LANES/2, row i holds what was column i. */
-INLINE void transpose_square(const float *rows, int64_t stride, vf *out) {
+INLINE void transpose_square(const float *rows, int64_t stride, vf *out, int apart) {
     vf r[LANES];
     EACH_LANE r[k] = load(rows + k * stride);
 #if LANES > 1
@@ -37,14 +37,14 @@ INLINE void transpose_square(const float *rows, int64_t stride, vf *out) {
         EACH_LANE r[k] = z[k];
     }
 #endif
-    EACH_LANE out[k * GROUPS] = r[k];
+    EACH_LANE out[k * apart] = r[k];
 }
 
 /* WIDTH sub-blocks of n weights that follow each other in memory -> lane-major (n a multiple of LANES). */
 NOINLINE void to_lanes(int n, const float *rows, vf *out) {
     for (int g = 0; g < GROUPS; g++)
         for (int i = 0; i < n; i += LANES)
-            transpose_square(rows + g * LANES * n + i, n, out + i * GROUPS + g);
+            transpose_square(rows + g * LANES * n + i, n, out + i * GROUPS + g, GROUPS);
 }
 
 #endif

@@ -55,6 +55,8 @@ static void one(int level, int format, int type, int64_t rows, int64_t blocks, i
     for (int64_t r = 0; r < rows; r++)
         fill(src + odd + r * pitch, columns, bytes, flavour);
     fill(im + odd, columns, 4, importance);
+    if (quant_first_nonfinite(level, first, type, rows, columns, backward ? -pitch : pitch) >= rows * columns + (rows * columns == 0))
+        abort();
     if (quant_encode(level, format, first, type, rows, columns, backward ? -pitch : pitch,
                      importance < 0 ? NULL : (const float *)(const void *)(im + odd), dst + odd) != QUANT_OK)
         abort();
@@ -82,7 +84,8 @@ int main(void) {
                             (int)(next() % 4), flavour, (int)(next() % 7) - 1);
     if (quant_encode(0, 99, NULL, 0, 1, 32, 0, NULL, NULL) != QUANT_BAD_FORMAT || quant_encode(99, 2, NULL, 0, 1, 32, 0, NULL, NULL) != QUANT_BAD_LEVEL ||
         quant_encode(0, 2, NULL, 7, 1, 32, 0, NULL, NULL) != QUANT_BAD_TYPE || quant_encode(0, 2, NULL, 0, 1, 33, 0, NULL, NULL) != QUANT_BAD_SHAPE ||
-        quant_encode(0, 2, NULL, 0, -1, 32, 0, NULL, NULL) != QUANT_BAD_SHAPE || quant_level_name(-1) || quant_level_name(99))
+        quant_encode(0, 2, NULL, 0, -1, 32, 0, NULL, NULL) != QUANT_BAD_SHAPE || quant_level_name(-1) || quant_level_name(99) ||
+        quant_first_nonfinite(0, NULL, 7, 1, 32, 0) != QUANT_BAD_TYPE - 1)
         return 1;
     printf("%ld calls\n", calls);
     return 0;

@@ -12,7 +12,7 @@ import pytest
 from families import draw
 
 import quant
-from quant import FORMATS, dequantize, first_nonfinite_scale, quantize
+from quant import FORMATS, dequantize, first_nonfinite, first_nonfinite_scale, quantize
 from quant.backend import CODECS
 
 FORMAT_NAMES = list(FORMATS)
@@ -34,6 +34,29 @@ def test_the_table():
     assert FORMATS["Q6_K"].bits_per_weight == 6.5625
     assert FORMATS["Q5_1"].scale_fields == ("d", "m")
     assert FORMATS["Q2_K"].scale_fields == ("d", "dmin")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bf16"])
+def test_the_first_nonfinite_weight_is_found(dtype: str):
+    x = draw("normal", 3, 51).reshape(-1)[: 3 * 4321].reshape(3, 4321)
+    bits = np.uint32 if dtype == "float32" else np.uint16
+    as_bits = (x.view(np.uint32) >> 16).astype(np.uint16) if dtype == "bf16" else x.astype(dtype).view(bits)
+    odd = {"float32": (0x7F800000, 0xFF800001), "float16": (0x7C00, 0xFE01), "bf16": (0x7F80, 0xFFC0)}[dtype]
+
+    def find(values: np.ndarray) -> int | None:
+        return first_nonfinite(values, dtype="bf16") if dtype == "bf16" else first_nonfinite(values.view(dtype))
+
+    assert find(as_bits) is None
+    assert find(as_bits[:, :0]) is None
+    for place in (0, 1023, 1024, 4320, 4321, 12962):
+        for value in odd:
+            spoilt = as_bits.copy()
+            spoilt.reshape(-1)[place] = value
+            spoilt.reshape(-1)[-1] = value  # not the first
+            assert find(spoilt) == place
+    wide = np.zeros((3, 2 * 4321 + 1), bits)
+    wide[1, 2 * 77] = odd[0]
+    assert find(wide[:, :-1:2]) == 4321 + 77
 
 
 def test_row_bytes_refuses_part_blocks():
