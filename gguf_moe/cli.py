@@ -20,6 +20,7 @@ from gguf_moe import __version__, report
 from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.convert import Progress, check_target
 from gguf_moe.convert import convert as run_plan
+from gguf_moe.duplicates import find_duplicates
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.gguf_file import read_gguf
 from gguf_moe.plan import make_plan
@@ -126,15 +127,16 @@ def convert(
         target = target / plan.default_name
     for warning in plan.warnings:
         click.echo(f"gguf-moe: warning: {report.printable(warning)}", err=True)
+    duplicates = find_duplicates(plan)
     if dry_run:
-        click.echo(report.plan_text(plan))
+        click.echo("\n".join([report.plan_text(plan), *duplicates.notes()]))
         click.echo(f"would be written to {target}")
         return
     check_target(plan, target, force=force)
     started = time.monotonic()
     with _progress(plan.data_bytes) as show:
         run_plan(plan, target, threads=threads, force=force, on_progress=show)
-    click.echo(report.plan_summary(plan))
+    click.echo("\n".join([report.plan_summary(plan), *duplicates.notes()]))
     click.echo(f"{target} written in {time.monotonic() - started:.1f} seconds")
 
 

@@ -67,7 +67,7 @@ def _model_id(reference: Any) -> str | None:
     if not isinstance(reference, str):
         return None
     name = reference.split("+")[0].split("@")[0].strip().replace("\\", "/").rstrip("/")
-    if name.count("/") > 1 or name.startswith(("/", ".", "~")):
+    if name.count("/") > 1 or name.startswith(("/", ".", "~")) or ":" in name:
         name = name.rpartition("/")[2]
     return name or None
 

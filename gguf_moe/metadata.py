@@ -36,7 +36,7 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     **dict.fromkeys(_TEXTS, ((str,), "text")),
     **dict.fromkeys(_INTEGERS, ((int,), "an integer")),
     **dict.fromkeys(_NUMBERS, ((int, float), "a number")),
-    **{key: ((list,), f"a list of {'texts' if kind is str else 'objects'}") for key, kind in _LISTS.items()},
+    **{key: ((list,), f"a list of {'texts' if kind is str else 'objects of texts'}") for key, kind in _LISTS.items()},
 }
 
 

@@ -67,8 +67,10 @@ def _parse(text: str) -> tuple[str, str, Any]:
     kind, colon, value = rest.partition(":")
     if not key or not separator or not colon or kind not in _WRITTEN:
         raise UsageError(f"--override-kv {text}: expected KEY=TYPE:VALUE with a TYPE of {', '.join(_WRITTEN)}")
+    if not text.isascii() and text != text.encode(errors="replace").decode():
+        raise UsageError(f"--override-kv {text}: not valid UTF-8")
     for what, part in (("key", key), ("value", value)):
-        if (size := len(part.encode(errors="surrogateescape"))) > MAX_BYTES:
+        if (size := len(part.encode())) > MAX_BYTES:
             raise UsageError(f"--override-kv {text}: a {what} of {size} bytes, llama.cpp takes {MAX_BYTES} at most")
     return key, kind, _value(text, kind, value)
 

@@ -11,21 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
     "cli": {
-        "checkpoint",
-        "convert",
-        "errors",
-        "gguf_file",
-        "plan",
-        "recipe",
-        "recipe_file",
-        "report",
-        "request",
-        "rules",
+        *("checkpoint", "convert", "duplicates", "errors", "gguf_file", "plan", "recipe", "recipe_file"),
+        *("report", "request", "rules"),
     },
     "__main__": {"cli"},
     "__init__": set(),
     "report": {"gguf_file", "naming", "plan", "recipe"},
     "convert": {"checkpoint", "errors", "gguf_file", "mapping", "plan"},
+    "duplicates": {"mapping", "plan"},
     "plan": {
         *("arch", "checkpoint", "errors", "gguf_file", "mapping", "metadata", "naming", "overrides"),
         *("recipe", "request", "rules", "tokenizer"),
