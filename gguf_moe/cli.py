@@ -135,7 +135,7 @@ def convert(
     check_target(plan, target, force=force)
     started = time.monotonic()
     with _progress(plan.data_bytes) as show:
-        run_plan(plan, target, threads=threads, force=force, on_progress=show)
+        run_plan(plan, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
     click.echo("\n".join([report.plan_summary(plan), *duplicates.notes()]))
     click.echo(f"{target} written in {time.monotonic() - started:.1f} seconds")
 

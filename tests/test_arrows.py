@@ -17,7 +17,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": set(),
     "report": {"gguf_file", "naming", "plan", "recipe"},
-    "convert": {"checkpoint", "errors", "gguf_file", "mapping", "plan"},
+    "convert": {"checkpoint", "duplicates", "errors", "gguf_file", "mapping", "plan"},
     "duplicates": {"mapping", "plan"},
     "plan": {
         *("arch", "checkpoint", "errors", "gguf_file", "mapping", "metadata", "naming", "overrides"),

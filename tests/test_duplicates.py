@@ -9,6 +9,8 @@ import pytest
 from checkpoints import Parts, bundled, unfused
 from variants import tied
 
+import quant
+from gguf_moe import convert as convert_module
 from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.duplicates import Duplicates, find_duplicates, same_rows
 from gguf_moe.plan import make_plan
@@ -80,3 +82,32 @@ def test_rows_are_compared_bit_by_bit(tmp_path: Path) -> None:
     assert not same_rows(first, second, 100, 101)
     assert same_rows(first, second, 101, 256)
     assert not same_rows(first, third, 0, 1)
+
+
+@pytest.mark.parametrize("kind", ["Q4_K_M", "BF16", "Q8_0"])
+@pytest.mark.parametrize("weights", [1 << 20, 12_345])
+def test_twins_are_encoded_once_and_the_bytes_stay(
+    kind: str, weights: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = with_donors([0, 1, 0, 0])
+    parts.tensors["lm_head.weight"] = parts.tensors["model.embed_tokens.weight"]
+    array = parts.tensors["model.layers.1.mlp.experts.down_proj"][1]
+    array[2, 100:103, 5] ^= 1  # rows that no sample sees
+    plan = make_plan(open_checkpoint(parts.save(tmp_path / "in")), find_file_type(kind))
+    twins = find_duplicates(plan).twins
+    monkeypatch.setattr(convert_module, "PIECE_WEIGHTS", weights)
+    encoded = []
+    quantize = quant.quantize
+    monkeypatch.setattr(
+        quant, "quantize", lambda rows, *a, **k: (encoded.append(rows.size), quantize(rows, *a, **k))[1]
+    )
+    convert_module.convert(plan, tmp_path / "plain.gguf")
+    assert sum(encoded) == plan.elements
+    encoded.clear()
+    seen = []
+    convert_module.convert(plan, tmp_path / "once.gguf", twins=twins, on_progress=seen.append)
+    assert (tmp_path / "once.gguf").read_bytes() == (tmp_path / "plain.gguf").read_bytes()
+    assert seen[-1].done == plan.data_bytes
+    repeated = sum(slab.rows * slab.source.columns for slab in twins)
+    differing = sum(encoded) - (plan.elements - repeated)
+    assert 0 < differing <= (131_072 if weights == 1 << 20 else 2 * 512 * 24)
