@@ -119,7 +119,7 @@ def convert(
 ) -> None:
     """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
     asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
-    file_type = _asked_file_type(bits, quant_name, asked_recipe.quant)
+    file_type = _asked_file_type(bits, quant_name, asked_recipe.file_type)
     request = _as_request(asked_recipe, **asked)
     plan = make_plan(open_checkpoint(model_dir), file_type, request)
     target = output or (model_dir if model_dir.name not in ("", "..") else model_dir.resolve()).parent
@@ -152,9 +152,9 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     click.echo(json.dumps(facts, indent=1) if as_json else report.gguf_text(facts, tensors=tensors))
 
 
-def _asked_file_type(bits: str | None, name: str | None, recipe: str | None) -> FileType:
+def _asked_file_type(bits: str | None, name: str | None, recipe: FileType | None) -> FileType:
     if bits is None and name is None and recipe is not None:
-        return find_file_type(recipe)
+        return recipe
     if (bits is None) == (name is None):
         raise UsageError("give either --bits or --quant")
     return find_file_type(name if name is not None else BITS[int(bits or 0)])

@@ -48,6 +48,7 @@ class Plan:
     header: bytes = field(repr=False)
     default_name: str
     warnings: tuple[str, ...]
+    overridden: tuple[str, ...] = ()  # keys that the user set
 
     @cached_property
     def data_bytes(self) -> int:
@@ -106,6 +107,7 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | No
         header,
         _default_name(keys, mapped, request, file_type),
         (*vocabulary.notes, *metadata_warnings, *key_warnings, *rule_warnings),
+        tuple(text.partition("=")[0] for text in request.override_kv),
     )
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gguf_moe.errors import UsageError
-from gguf_moe.recipe import BITS
+from gguf_moe.recipe import BITS, FileType, find_file_type
 from gguf_moe.rules import Override, Rules, parse_pattern, parse_type
 
 if sys.version_info >= (3, 11):
@@ -38,7 +38,7 @@ _TOML_NAMES = {int: "an integer", str: "a string", bool: "true or false", list: 
 class RecipeFile:
     """What a recipe asks: a file type where it names one, rules, and whether fallbacks are refused."""
 
-    quant: str | None = None
+    file_type: FileType | None = None
     rules: Rules = field(default_factory=Rules)
     strict: bool = False
 
@@ -52,10 +52,6 @@ def read_recipe(path: Path) -> RecipeFile:
     except (ValueError, RecursionError) as error:
         raise UsageError(f"--recipe {path}: not readable as TOML: {error}") from None
     _check(content, KEYS, str(path))
-    if "bits" in content and "quant" in content:
-        raise UsageError(f"{path}: give either bits or quant")
-    if content.get("bits", 2) not in BITS:
-        raise UsageError(f"{path}: bits is {content['bits']}, expected one of {', '.join(map(str, BITS))}")
 
     def kind(key: str) -> str | None:
         return parse_type(content[key], f"{path}: {key}") if key in content else None
@@ -68,8 +64,19 @@ def read_recipe(path: Path) -> RecipeFile:
         content.get("pure", False),
         content.get("leave-output-tensor", False),
     )
-    quant = BITS[content["bits"]] if "bits" in content else content.get("quant")
-    return RecipeFile(quant, rules, content.get("strict", False))
+    return RecipeFile(_file_type(content, path), rules, content.get("strict", False))
+
+
+def _file_type(content: Mapping[str, Any], path: Path) -> FileType | None:
+    if "bits" in content and "quant" in content:
+        raise UsageError(f"{path}: give either bits or quant")
+    if content.get("bits", 2) not in BITS:
+        raise UsageError(f"{path}: bits is {content['bits']}, expected one of {', '.join(map(str, BITS))}")
+    name = BITS[content["bits"]] if "bits" in content else content.get("quant")
+    try:
+        return None if name is None else find_file_type(name)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from None
 
 
 def _check(content: Mapping[str, Any], known: Mapping[str, type], where: str) -> None:

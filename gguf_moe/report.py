@@ -42,11 +42,16 @@ def dimensions(shape: Sequence[int]) -> str:
 
 
 def plan_text(plan: Plan) -> str:
-    """The dry run: every tensor, then the totals."""
+    """The dry run: every tensor, what the file says of itself and what the user set, then the totals."""
     rows: list[Sequence[object]] = [("tensor", "shape", "type", "bytes", "")]
     for t in plan.tensors:
         rows.append((t.info.name, dimensions(t.info.shape), t.info.type, t.info.nbytes, _why(t.choice)))
-    return f"{table(rows, '<<<><')}\n\n{plan_summary(plan)}"
+    keys = [
+        (printable(key), _value_text(item.value), "by --override-kv" if key in plan.overridden else "")
+        for key, item in plan.keys.items()
+        if key.startswith("general.") or key in plan.overridden
+    ]
+    return "\n\n".join([table(rows, "<<<><"), table(keys, "<<<"), plan_summary(plan)])
 
 
 def _why(choice: Choice) -> str:

@@ -150,7 +150,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str], list[P
     directory = tmp_path_factory.mktemp("hub")
     for file in ("package.json", "read.mjs"):
         shutil.copy(HUB / file, directory / file)
-    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent"]
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", "--fetch-retries=1"]
     installed = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
     if installed.returncode:
         pytest.skip(f"npm does not install the Hub's readers: {(installed.stderr + installed.stdout)[-300:]}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -16,7 +17,9 @@ from neighbours import Llama
 from variants import VARIANTS, narrow, save
 
 from gguf_moe.gguf_file import read_gguf
-from gguf_moe.recipe import FILE_TYPES
+from gguf_moe.recipe import FILE_TYPES, RecipeFacts
+from gguf_moe.recipe_file import read_recipe
+from gguf_moe.rules import Chooser, parse_rules
 from quant import FORMATS
 
 # Made by llama.cpp's quantizer: tests/tools/make_quantizer_golden.py.
@@ -160,6 +163,45 @@ def test_a_rule_that_others_overrule_is_warned_of(arguments: tuple, run) -> None
     )
 
 
+def test_the_dry_run_names_the_keys_too(run) -> None:
+    arguments = ("--name", "Deep Tide", "--override-kv", "llama.context_length=int:64")
+    lines = run("convert", MERGE, "--bits", 4, *arguments, "--dry-run").stdout.splitlines()
+    rows = [re.split(r"  +", line) for line in lines]
+    assert ["general.name", "Deep Tide"] in rows
+    assert ["general.base_model.3.name", "Mistral 4m Code"] in rows
+    assert ["llama.context_length", "64", "by --override-kv"] in rows
+    assert lines[-1].endswith("/Deep-Tide-4x4M-Q4_K_M.gguf")
+
+
+def test_the_recipe_in_the_documentation_is_one(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "commands.md").read_text()
+    path = tmp_path / "recipe.toml"
+    path.write_text(re.findall(r"```toml\n(.*?)```", text, re.DOTALL)[0])
+    recipe = read_recipe(path)
+    assert (recipe.file_type, recipe.strict) == (FILE_TYPES["Q4_K_M"], True)
+    assert (recipe.rules.output, recipe.rules.token_embedding, recipe.rules.router) == ("Q8_0", "Q6_K", "F16")
+    assert [o.text for o in recipe.rules.overrides] == [
+        *("ffn_down_exps=Q6_K in layers 0-3, 28-31", "attn_(k|v)=Q8_0"),
+    ]
+    assert recipe.rules.overrides[0].layers == {0, 1, 2, 3, 28, 29, 30, 31}
+
+
+# Types of a dense model of 20 layers, by llama.cpp's quantizer: its mix counts ffn_down there.
+DENSE = json.loads((Path(__file__).parent / "golden" / "quantizer-dense.json").read_text())
+
+
+@pytest.mark.parametrize("case", DENSE, ids=lambda c: f"{c['file_type']}-{c['tensor_types']}")
+def test_types_of_a_dense_model_are_llama_cpps(case: dict) -> None:
+    rules = parse_rules([f"{pattern}={kind}" for pattern, kind in case["tensor_types"]])
+    chooser = Chooser(FILE_TYPES[case["file_type"]], RecipeFacts(20, 0, 4, 1, tied=False), rules)
+    for name, kind in case["types"].items():
+        layer = re.match(r"blk\.(\d+)\.", name)
+        role = name.split(".")[2 if layer else 0]
+        choice = chooser.choose(name, role, int(layer[1]) if layer else None, 256, "BF16")
+        assert choice.type == kind, name
+    assert chooser.check() == []
+
+
 KNOWN = ", ".join(FORMATS)
 REFUSALS = {
     "no separator": (["--tensor-type", "ffn"], "--tensor-type ffn: expected PATTERN=TYPE, as ffn_down_exps=Q6_K"),
@@ -275,7 +317,7 @@ RECIPES = {
         "{path}: tensor-type 1, blk.0.ffn=F16 in layers 1: matches no tensor of these layers, but others, as "
         "blk.0.ffn_down_exps.weight",
     ),
-    "unknown quant": ("quant = 'Q9'", "unknown quant 'Q9', expected one of "),
+    "unknown quant": ("quant = 'Q9'", "{path}: unknown quant 'Q9', expected one of Q2_K, "),
 }
 
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What llama.cpp's quantizer makes of our BF16 files, asked for types, outputs and keys: tests/golden/quantizer.json.
 
-Needs npm, for the library (tests/llama_quantize.py); `make golden` runs it.
+And the types that it gives the tensors of a dense model, whose mix counts otherwise: quantizer-dense.json. Needs npm,
+for the library (tests/llama_quantize.py); `make golden` runs it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
@@ -87,8 +89,50 @@ def describe(path: Path) -> dict[str, Any]:
     return {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "types": dict(types)}
 
 
+DENSE_CASES = [
+    *(
+        (file_type, [["blk\\.[0-4]\\.ffn_down", "Q8_0"]])
+        for file_type in ("Q4_K_M", "Q4_K_S", "Q3_K_M", "Q5_K_M", "IQ4_XS")
+    ),
+    ("Q4_K_M", [["blk\\.(2|5|19)\\.attn_v", "F16"], ["blk\\.1\\.", "Q5_0"]]),
+    ("Q3_K_M", [["attn_v", "Q6_K"]]),
+    ("Q2_K", [["blk\\.0\\.", "Q4_0"]]),
+    ("Q4_K_M", []),
+]
+
+
+def dense(path: Path) -> None:
+    """A dense llama of 20 layers without a tokenizer, which the quantizer does not ask for."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(20)
+    writer.add_context_length(64)
+    writer.add_embedding_length(256)
+    writer.add_feed_forward_length(256)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(8)
+    shapes = {"token_embd": (8, 256), "output": (8, 256), "output_norm": (256,)}
+    for i in range(20):
+        shapes |= {f"blk.{i}.{n}": (256, 256) for n in ("attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down")}
+        shapes |= {f"blk.{i}.{n}": (64, 256) for n in ("attn_k", "attn_v")}
+        shapes |= {f"blk.{i}.{n}": (256,) for n in ("attn_norm", "ffn_norm")}
+    values = np.random.default_rng(1).normal(0, 0.02, 256 * 256).astype(np.float32)
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.resize(values, shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def write(name: str, results: list[dict[str, Any]]) -> None:
+    lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
+    (TESTS / "golden" / name).write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
 def main() -> None:
-    results = []
+    results, dense_results = [], []
     with tempfile.TemporaryDirectory() as scratch:
         sources = {}
         for variant in VARIANTS:
@@ -99,8 +143,14 @@ def main() -> None:
             target = Path(scratch) / "out.gguf"
             quantize(sources[variant], target, file_type, **asked)
             results.append({"variant": variant, "file_type": file_type, "asked": asked, **describe(target)})
-    lines = ",\n".join(json.dumps(result, ensure_ascii=False) for result in results)
-    (TESTS / "golden" / "quantizer.json").write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+        dense(source := Path(scratch) / "dense.gguf")
+        for file_type, tensor_types in DENSE_CASES:
+            quantize(source, target, file_type, tensor_types=tensor_types)
+            types = {t.name: t.tensor_type.name for t in gguf.GGUFReader(target).tensors}
+            types = {name: kind for name, kind in types.items() if not name.endswith("_norm.weight")}
+            dense_results.append({"file_type": file_type, "tensor_types": tensor_types, "types": types})
+    write("quantizer.json", results)
+    write("quantizer-dense.json", dense_results)
 
 
 if __name__ == "__main__":
