@@ -13,6 +13,7 @@ import numpy as np
 
 from gguf_moe.mapping import Slab
 from gguf_moe.plan import Plan, TensorPlan
+from quant import FORMATS
 
 SAMPLES = 3  # rows of each matrix of an expert
 SAMPLES_OF_VOCABULARY = 64  # many rows of unused tokens are alike
@@ -44,7 +45,8 @@ class Duplicates:
         for first in dict.fromkeys(self.experts.values()):
             same = [first, *(expert for expert, of in self.experts.items() if of == first)]
             listed = f"{', '.join(map(str, same[:-1]))} and {same[-1]}"
-            lines.append(f"experts {listed} are identical in all layers by their sampled rows; they are encoded once")
+            once = "; they are encoded once" if self.twins else ""
+            lines.append(f"experts {listed} are identical in all layers by their sampled rows{once}")
         if self.tied:
             lines.append(
                 "output.weight is identical to token_embd.weight by its sampled rows; llama.cpp runs the model without "
@@ -58,15 +60,20 @@ def find_duplicates(plan: Plan) -> Duplicates:
     stacks = [tensor for tensor in plan.tensors if len(tensor.mapped.slabs) > 1]
     experts = _repeated_experts(stacks)
     twins = {}
-    for tensor in stacks:
+    for tensor in filter(_searched, stacks):
         slabs, nbytes = tensor.mapped.slabs, tensor.info.nbytes // len(tensor.mapped.slabs)
         for expert, first in experts.items():
             twins[slabs[expert]] = Twin(slabs[first], tensor.info.offset + first * nbytes)
     ends = [tensor for tensor in plan.tensors if tensor.mapped.role in ("output", "token_embd")]
     tied = len(ends) == 2 and len({_fingerprint(t.mapped.slabs[0], SAMPLES_OF_VOCABULARY) for t in ends}) == 1
-    if tied and ends[0].info.type == ends[1].info.type:
+    if tied and ends[0].info.type == ends[1].info.type and _searched(ends[0]):
         twins[ends[1].mapped.slabs[0]] = Twin(ends[0].mapped.slabs[0], ends[0].info.offset)
     return Duplicates(experts, tied, twins)
+
+
+def _searched(tensor: TensorPlan) -> bool:
+    """Whether its type takes a search to encode: the others are written faster than they are compared."""
+    return FORMATS[tensor.info.type].block_length > 1
 
 
 def same_rows(slab: Slab, other: Slab, start: int, stop: int) -> bool:
