@@ -16,6 +16,7 @@ from llama_quantize import quantize
 from neighbours import Llama
 from variants import VARIANTS, narrow, save
 
+from gguf_moe.errors import UsageError
 from gguf_moe.gguf_file import read_gguf
 from gguf_moe.recipe import FILE_TYPES, RecipeFacts
 from gguf_moe.recipe_file import read_recipe
@@ -200,6 +201,13 @@ def test_types_of_a_dense_model_are_llama_cpps(case: dict) -> None:
         choice = chooser.choose(name, role, int(layer[1]) if layer else None, 256, "BF16")
         assert choice.type == kind, name
     assert chooser.check() == []
+
+
+def test_no_router_to_retype() -> None:
+    chooser = Chooser(FILE_TYPES["Q4_K_M"], RecipeFacts(1, 0, 4, 1, tied=False), parse_rules(router="F16"))
+    chooser.choose("blk.0.attn_q.weight", "attn_q", 0, 256, "BF16")
+    with pytest.raises(UsageError, match=r"^--router-type: the model has no router$"):
+        chooser.check()
 
 
 KNOWN = ", ".join(FORMATS)
