@@ -61,9 +61,10 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-golden: setup  ## make the logits of transformers anew (needs torch and transformers)
+golden: setup  ## make anew what transformers (needs torch) and llama.cpp's quantizer (needs npm) gave
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers
 	$(BIN)/python tests/tools/make_transformers_golden.py
+	$(BIN)/python tests/tools/make_quantizer_golden.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -20,11 +20,14 @@ from gguf_moe import __version__, report
 from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.convert import Progress, check_target
 from gguf_moe.convert import convert as run_plan
+from gguf_moe.duplicates import find_duplicates
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.gguf_file import read_gguf
 from gguf_moe.plan import make_plan
-from gguf_moe.recipe import BITS, FileType, Rules, find_file_type
+from gguf_moe.recipe import BITS, FileType, find_file_type
+from gguf_moe.recipe_file import RecipeFile, read_recipe
 from gguf_moe.request import Request
+from gguf_moe.rules import merge, parse_rules
 
 PLAIN_STEPS = 10  # progress lines where there is no terminal
 
@@ -52,15 +55,19 @@ def cli() -> None:
 def _request_options(command: Callable) -> Callable:
     """The options that become a `Request`, for every command that makes files."""
     options = (
+        click.option("--recipe", type=click.Path(path_type=Path), help="TOML file with any of the options on types."),
         click.option(
-            "--tensor-type", multiple=True, metavar="PATTERN=TYPE", help="Type of the tensors whose name matches."
+            "--tensor-type",
+            multiple=True,
+            metavar="PATTERN=TYPE",
+            help="Type of the tensors in whose name the regular expression is found; repeatable, the first match wins.",
         ),
         click.option("--output-tensor-type", metavar="TYPE", help="Type of output.weight."),
         click.option("--token-embedding-type", metavar="TYPE", help="Type of token_embd.weight."),
         click.option("--router-type", metavar="TYPE", help="Type of the routers; F32 by default."),
-        click.option("--pure", is_flag=True, help="The file type's main type for all matrices."),
+        click.option("--pure", is_flag=True, help="The file type's main type for all matrices, no mix."),
         click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight in the source's type."),
-        click.option("--strict", is_flag=True, help="Refuse a type that rows are too narrow for."),
+        click.option("--strict", is_flag=True, help="Refuse a type whose block does not divide a row, no fallback."),
         click.option("--experts-used", type=click.IntRange(1), metavar="N", help="Experts of a token."),
         click.option("--pre", metavar="NAME", help="Pre-tokenizer of a byte-level BPE tokenizer."),
         click.option("--chat-template", metavar="FILE|none", help="Chat template, instead of the model's own."),
@@ -76,16 +83,18 @@ def _request_options(command: Callable) -> Callable:
 
 
 def _as_request(
+    recipe: RecipeFile,
     tensor_type: tuple[str, ...],
     output_tensor_type: str | None,
     token_embedding_type: str | None,
     router_type: str | None,
     pure: bool,
     leave_output_tensor: bool,
+    strict: bool,
     **asked: Any,
 ) -> Request:
-    rules = Rules(tensor_type, output_tensor_type, token_embedding_type, router_type, pure, leave_output_tensor)
-    return Request(rules=rules, **asked)
+    rules = parse_rules(tensor_type, output_tensor_type, token_embedding_type, router_type, pure, leave_output_tensor)
+    return Request(rules=merge(rules, recipe.rules), strict=strict or recipe.strict, **asked)
 
 
 @cli.command()
@@ -105,25 +114,29 @@ def convert(
     threads: int | None,
     force: bool,
     dry_run: bool,
+    recipe: Path | None,
     **asked: Any,
 ) -> None:
     """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
-    file_type = _asked_file_type(bits, quant_name)
-    plan = make_plan(open_checkpoint(model_dir), file_type, _as_request(**asked))
+    asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
+    file_type = _asked_file_type(bits, quant_name, asked_recipe.file_type)
+    request = _as_request(asked_recipe, **asked)
+    plan = make_plan(open_checkpoint(model_dir), file_type, request)
     target = output or (model_dir if model_dir.name not in ("", "..") else model_dir.resolve()).parent
     if target.is_dir():
         target = target / plan.default_name
     for warning in plan.warnings:
         click.echo(f"gguf-moe: warning: {report.printable(warning)}", err=True)
+    duplicates = find_duplicates(plan)
     if dry_run:
-        click.echo(report.plan_text(plan))
+        click.echo("\n".join([report.plan_text(plan), *duplicates.notes()]))
         click.echo(f"would be written to {target}")
         return
     check_target(plan, target, force=force)
     started = time.monotonic()
     with _progress(plan.data_bytes) as show:
-        run_plan(plan, target, threads=threads, force=force, on_progress=show)
-    click.echo(report.plan_summary(plan))
+        run_plan(plan, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
+    click.echo("\n".join([report.plan_summary(plan), *duplicates.notes()]))
     click.echo(f"{target} written in {time.monotonic() - started:.1f} seconds")
 
 
@@ -134,10 +147,14 @@ def convert(
 def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     """Show metadata, experts, types and bits per weight of a GGUF FILE."""
     facts = report.gguf_facts(read_gguf(file))
+    for warning in report.name_warnings(facts):
+        click.echo(f"gguf-moe: warning: {report.printable(warning)}", err=True)
     click.echo(json.dumps(facts, indent=1) if as_json else report.gguf_text(facts, tensors=tensors))
 
 
-def _asked_file_type(bits: str | None, name: str | None) -> FileType:
+def _asked_file_type(bits: str | None, name: str | None, recipe: FileType | None) -> FileType:
+    if bits is None and name is None and recipe is not None:
+        return recipe
     if (bits is None) == (name is None):
         raise UsageError("give either --bits or --quant")
     return find_file_type(name if name is not None else BITS[int(bits or 0)])

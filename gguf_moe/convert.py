@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 import quant
 from gguf_moe.checkpoint import SOURCE_DTYPES, SourceTensor
+from gguf_moe.duplicates import Twin, same_rows
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.gguf_file import publish
 from gguf_moe.mapping import Slab
@@ -36,12 +38,23 @@ class Progress:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows [start, stop) of a slab: what is encoded at once."""
+    """Rows [start, stop) of a slab: what is encoded at once, or copied from its twin where that has the same rows."""
 
     tensor: TensorPlan
     slab: Slab
     start: int
     stop: int
+    twin: Twin | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of these rows in the file."""
+        return (self.stop - self.start) * self.row_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in the file."""
+        return quant.FORMATS[self.tensor.info.type].row_bytes(self.tensor.mapped.shape[-1])
 
 
 def convert(
@@ -50,11 +63,13 @@ def convert(
     *,
     threads: int | None = None,
     force: bool = False,
+    twins: Mapping[Slab, Twin] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> None:
     """Write the planned file to `path`: whole, or not at all.
 
-    threads: how many encode at once, all cores by default; the bytes do not depend on it. Raises GgufMoeError before
+    threads: how many encode at once, all cores by default; the bytes do not depend on it. twins: slabs
+    that are likely the same as an earlier one, whose bytes are taken over where they are. Raises GgufMoeError before
     writing when `path` exists (without `force`) or the disk lacks space, and while writing for a weight that is not
     finite, or that its type cannot hold.
     """
@@ -62,25 +77,37 @@ def convert(
     threads = threads or os.cpu_count() or 1
     done = 0
     try:
-        with publish(path, plan.size, replace=force) as file, closing(_encoded(plan, threads)) as encoded:
+        with publish(path, plan.size, replace=force) as file, closing(_encoded(plan, threads, twins or {})) as encoded:
             file.write(plan.header)
             for piece, data in encoded:
                 if piece.start == 0 and piece.slab is piece.tensor.mapped.slabs[0]:
                     file.seek(len(plan.header) + piece.tensor.info.offset)
-                file.write(data.data)
-                done += data.nbytes
+                file.write(_reread(file, len(plan.header), piece) if data is None else data.data)
+                done += piece.nbytes
                 if on_progress:
                     on_progress(Progress(piece.tensor.info.name, done, plan.data_bytes))
     except OSError as error:
         raise GgufMoeError(f"{path}: not written: {error}") from None
 
 
-def _encoded(plan: Plan, threads: int) -> Generator[tuple[_Piece, np.ndarray], None, None]:
-    """The pieces in the file's order with their bytes, a few encoded ahead by each thread."""
-    waiting: deque[tuple[_Piece, Future[np.ndarray]]] = deque()
+def _reread(file: BinaryIO, data_start: int, piece: _Piece) -> bytes:
+    """The bytes of the twin of a piece: it stands earlier in the file, so they are written."""
+    assert piece.twin is not None
+    here = file.tell()
+    file.seek(data_start + piece.twin.offset + piece.start * piece.row_bytes)
+    data = file.read(piece.nbytes)
+    file.seek(here)
+    return data
+
+
+def _encoded(
+    plan: Plan, threads: int, twins: Mapping[Slab, Twin]
+) -> Generator[tuple[_Piece, np.ndarray | None], None, None]:
+    """The pieces in the file's order with their bytes, a few encoded ahead by each thread; None: the twin's bytes."""
+    waiting: deque[tuple[_Piece, Future[np.ndarray | None]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for piece in _pieces(plan):
+            for piece in _pieces(plan, twins):
                 waiting.append((piece, pool.submit(_encode, piece)))
                 if len(waiting) > AHEAD * threads:
                     first, future = waiting.popleft()
@@ -91,12 +118,12 @@ def _encoded(plan: Plan, threads: int) -> Generator[tuple[_Piece, np.ndarray], N
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(plan: Plan) -> Iterator[_Piece]:
+def _pieces(plan: Plan, twins: Mapping[Slab, Twin]) -> Iterator[_Piece]:
     for tensor in plan.tensors:
         rows_at_once = max(1, PIECE_WEIGHTS // tensor.mapped.shape[-1])
         for slab in tensor.mapped.slabs:
             for start in range(0, slab.rows, rows_at_once):
-                yield _Piece(tensor, slab, start, min(start + rows_at_once, slab.rows))
+                yield _Piece(tensor, slab, start, min(start + rows_at_once, slab.rows), twins.get(slab))
 
 
 def check_target(plan: Plan, path: Path, *, force: bool) -> None:
@@ -114,8 +141,10 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
         raise GgufMoeError(f"{path}: needs {plan.size} bytes, but only {free} are free on that disk")
 
 
-def _encode(piece: _Piece) -> np.ndarray:
-    """Read, check and encode the rows of a piece. Returns uint8 [rows, row bytes]."""
+def _encode(piece: _Piece) -> np.ndarray | None:
+    """Read, check and encode the rows of a piece: uint8 [rows, row bytes], or None where its twin's bytes are right."""
+    if piece.twin and same_rows(piece.slab, piece.twin.slab, piece.start, piece.stop):
+        return None
     slab, kind = piece.slab, piece.tensor.info.type
     rows = slab.read(slab.source.matrix(), piece.start, piece.stop)
     _check_finite(rows, slab, piece.start)

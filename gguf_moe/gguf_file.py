@@ -64,7 +64,7 @@ def publish(path: Path, size: int, *, replace: bool) -> Iterator[BinaryIO]:
     either no `path` or the whole file: data and directory entry are flushed to disk around the rename.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    file = temporary.open("xb")  # before `try`: what another run made is not ours to remove
+    file = temporary.open("x+b")  # before `try`: what another run made is not ours to remove
     try:
         with file:
             file.truncate(size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,14 @@ from gguf_moe.arch import Architecture, ModelFacts, find_architecture
 from gguf_moe.checkpoint import Checkpoint
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.gguf_file import TensorInfo, encode_header, padded
-from gguf_moe.recipe import Choice, FileType, RecipeFacts, choose_type
+from gguf_moe.metadata import add_metadata, read_metadata
+from gguf_moe.naming import default_file_name
+from gguf_moe.overrides import apply_overrides
+from gguf_moe.recipe import Choice, FileType, RecipeFacts
 from gguf_moe.request import Request
+from gguf_moe.rules import Chooser
 from gguf_moe.tokenizer import Vocabulary, read_vocabulary
 from quant import FORMATS
-
-MAX_NAME = 200  # characters of a default file name
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,7 @@ class Plan:
     header: bytes = field(repr=False)
     default_name: str
     warnings: tuple[str, ...]
+    overridden: tuple[str, ...] = ()  # keys that the user set
 
     @cached_property
     def data_bytes(self) -> int:
@@ -82,30 +86,44 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | No
     facts = architecture.facts(checkpoint.config)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
     vocabulary = read_vocabulary(checkpoint.directory, facts.vocabulary)
-    if file_type.quantized:
+    by_quantizer = file_type.quantized or request.rules.retype or bool(request.override_kv)
+    if by_quantizer:
         mapped.sort(key=_quantizer_order)
-    tensors = _place(mapped, file_type, facts)
-    metadata = _read_metadata(checkpoint.directory, mapped)
+    tensors, rule_warnings = _place(mapped, file_type, facts, request)
+    metadata, metadata_warnings = read_metadata(checkpoint.directory, mapped, request)
     try:
-        keys = _keys(architecture, facts, vocabulary, metadata, file_type)
+        keys = _keys(architecture, facts, vocabulary, metadata, file_type, by_quantizer)
+        keys, key_warnings = apply_overrides(keys, request.override_kv, architecture.name, facts.vocabulary)
         header = encode_header(keys, [t.info for t in tensors])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error) as error:
         raise GgufMoeError(
             f"{checkpoint.directory}: the tokenizer's files or the model card hold what GGUF cannot: {error!r}"
         ) from None
-    general = gguf.Keys.General
-    parts = (general.NAME, general.BASENAME, general.FINETUNE, general.VERSION, general.SIZE_LABEL)
-    name = gguf.naming_convention(*(keys[key].value if key in keys else None for key in parts), file_type.name)
-    name = re.sub(r"[^\w.+-]+", "-", name)[:MAX_NAME]  # from a model card, so anything
     return Plan(
         checkpoint.directory,
         file_type,
         keys,
         tensors,
         header,
-        f"{name}.gguf",
-        (*vocabulary.notes, *_fallback_warning(tensors)),
+        _default_name(keys, mapped, request, file_type),
+        (*vocabulary.notes, *metadata_warnings, *key_warnings, *rule_warnings),
+        tuple(text.partition("=")[0] for text in request.override_kv),
     )
+
+
+def _default_name(
+    keys: dict[str, Any], mapped: list[mapping.MappedTensor], request: Request, file_type: FileType
+) -> str:
+    """By the naming convention; a name that the user gave is taken apart as a directory's is."""
+    general = gguf.Keys.General
+    parts = (general.NAME, general.BASENAME, general.FINETUNE, general.VERSION, general.SIZE_LABEL)
+    name, base, finetune, version, size = (keys[key].value if key in keys else None for key in parts)
+    if request.name:
+        given = re.sub(r"[\s/]+", "-", request.name.strip())
+        total = sum(tensor.elements for tensor in mapped)
+        name, _, base, finetune, version, own = gguf.Metadata.get_model_id_components(given, total)
+        size = size if request.size_label else own or size
+    return default_file_name(name, base, finetune, version, size, file_type.name)
 
 
 def _quantizer_order(tensor: mapping.MappedTensor) -> tuple[int, bytes]:
@@ -113,39 +131,36 @@ def _quantizer_order(tensor: mapping.MappedTensor) -> tuple[int, bytes]:
     return (-1 if tensor.layer is None else tensor.layer, tensor.name.encode())
 
 
-def _place(mapped: list[mapping.MappedTensor], file_type: FileType, facts: ModelFacts) -> tuple[TensorPlan, ...]:
+def _place(
+    mapped: list[mapping.MappedTensor], file_type: FileType, facts: ModelFacts, request: Request
+) -> tuple[tuple[TensorPlan, ...], list[str]]:
+    """Type, bytes and offset of every tensor; and what is to be said of the rules that chose the types."""
     tied = not any(tensor.role == "output" for tensor in mapped)
     recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied)
+    chooser = Chooser(file_type, recipe_facts, request.rules)
     tensors = []
     offset = 0
     for tensor in mapped:
         columns = tensor.shape[-1]
-        choice = choose_type(file_type, tensor.role, tensor.layer or 0, columns, recipe_facts)
+        choice = chooser.choose(tensor.name, tensor.role, tensor.layer, columns, tensor.slabs[0].source.dtype)
         nbytes = tensor.elements // columns * FORMATS[choice.type].row_bytes(columns)
         tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, tensor.shape, nbytes, offset)))
         offset += padded(nbytes)
-    return tuple(tensors)
+    warnings = chooser.check()
+    if request.strict:
+        _refuse_fallbacks(tensors)
+    return tuple(tensors), warnings + _fallback_warning(tensors)
 
 
-def _read_metadata(directory: Path, mapped: list[mapping.MappedTensor]) -> gguf.Metadata:
-    """Names, authors, licence and sources, by the gguf package's heuristics on the model card and directory name."""
-    total = sum(tensor.elements for tensor in mapped)
-    try:
-        metadata = gguf.Metadata.load(None, directory.resolve(), None, total)
-    except Exception as error:  # a foreign YAML or JSON parser on a user's file: any error is the file's
-        reason = " ".join(str(error).split())
+def _refuse_fallbacks(tensors: Sequence[TensorPlan]) -> None:
+    fallen = [t for t in tensors if t.choice.fell_back]
+    if fallen:
+        first, more = fallen[0], f" (and {len(fallen) - 1} more)" if len(fallen) > 1 else ""
+        wanted, block = first.choice.wanted, FORMATS[first.choice.wanted].block_length
         raise GgufMoeError(
-            f"{directory / 'README.md'}: model card or generation_config.json unreadable: {reason}"
-        ) from None
-    if metadata.name is None:
-        metadata.name = directory.resolve().name
-    if metadata.size_label is None:
-        stacks = [tensor for tensor in mapped if len(tensor.shape) == 3]
-        expert = sum(tensor.elements // tensor.shape[0] for tensor in stacks)
-        shared = total - sum(tensor.elements for tensor in stacks)
-        experts = sum(tensor.shape[0] for tensor in stacks) // len(stacks) if stacks else 0
-        metadata.size_label = gguf.size_label(total, shared, expert, experts)
-    return metadata
+            f"--strict: {first.info.name}{more} has rows of {first.info.shape[-1]} weights, which {wanted}'s block of "
+            f"{block} does not divide; it would fall back to {first.choice.type}"
+        )
 
 
 def _keys(
@@ -154,45 +169,27 @@ def _keys(
     vocabulary: Vocabulary,
     metadata: gguf.Metadata,
     file_type: FileType,
+    by_quantizer: bool,
 ) -> dict[str, Any]:
     """All keys in the order of llama.cpp's converter, or of its quantizer, which sets two of them anew at the end."""
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    _add_metadata(writer, metadata)
+    add_metadata(writer, metadata)
     architecture.add_keys(writer, facts)
-    if not file_type.quantized:
+    if not by_quantizer:
         writer.add_file_type(file_type.id)
     writer.add_vocab_size(facts.vocabulary)
     writer.add_rope_dimension_count(facts.head_size)
-    if not file_type.quantized:
+    if not by_quantizer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary.add_keys(writer)
-    if file_type.quantized:
+    if by_quantizer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(file_type.id)
     return dict(writer.kv_data[0])
 
 
-def _add_metadata(writer: gguf.GGUFWriter, metadata: gguf.Metadata) -> None:
-    """Add what the model card says. YAML reads `version: 1.0` as a number; GGUF wants it as text."""
-    try:
-        metadata.set_gguf_meta_model(writer)
-    except (TypeError, AttributeError, ValueError) as error:
-        raise GgufMoeError(f"README.md: a field of the model card has an unexpected type: {error}") from None
-    for key, item in writer.kv_data[0].items():
-        if item.type == gguf.GGUFValueType.STRING and not isinstance(item.value, str):
-            if isinstance(item.value, (dict, list)):
-                raise GgufMoeError(f"README.md: {key} would be {item.value!r}, expected text")
-            item.value = str(item.value)
-        elif item.type == gguf.GGUFValueType.ARRAY:
-            item.value = [str(element) for element in item.value]
-        try:
-            encode_header({key: item}, [])
-        except (struct.error, TypeError, ValueError) as error:
-            raise GgufMoeError(f"generation_config.json or README.md: {key} is {item.value!r}: {error}") from None
-
-
-def _fallback_warning(tensors: tuple[TensorPlan, ...]) -> list[str]:
+def _fallback_warning(tensors: Sequence[TensorPlan]) -> list[str]:
     """One line on all tensors whose rows the wanted type's block does not divide."""
     fallen = [t for t in tensors if t.choice.fell_back]
     if not fallen:

@@ -61,20 +61,11 @@ FILE_TYPES: dict[str, FileType] = {
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "Q8_0", 16: "BF16"}
 
+# Tensors of these roles stay F32, whatever the file type.
+FIXED_ROLES = ("norm", "router")
+
 # Where a row is no multiple of the type's block, the type that llama.cpp takes instead; then F16.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
-
-
-@dataclass(frozen=True)
-class Rules:
-    """What a user wants otherwise than the file type has it."""
-
-    tensor_types: tuple[str, ...] = ()  # PATTERN=TYPE, the first match wins
-    output: str | None = None
-    token_embedding: str | None = None
-    router: str | None = None
-    pure: bool = False
-    leave_output: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,10 +86,15 @@ class RecipeFacts:
 
 @dataclass(frozen=True)
 class Choice:
-    """The type of a tensor, and the one the rules wanted where the row width forbade it."""
+    """The type of a tensor, and the one the rules wanted where the row width forbade it.
+
+    Where the user's rules decided: `asked`, which of them, and `usual`, the type it would have had without.
+    """
 
     type: str
     wanted: str
+    asked: str = ""
+    usual: str = ""
 
     @property
     def fell_back(self) -> bool:
@@ -122,15 +118,16 @@ def choose_type(file_type: FileType, role: str, index: int, columns: int, facts:
     `index` is the position among the tensors of that role (the layer number, as long as every layer has one).
     Norms and the router always stay F32.
     """
-    if role in ("norm", "router"):
+    if role in FIXED_ROLES:
         return Choice("F32", "F32")
     if not file_type.quantized:
         return Choice(file_type.default, file_type.default)
     wanted = _mixture(file_type, role, index, columns, facts) or file_type.default
-    return Choice(_fit(wanted, columns), wanted)
+    return Choice(fit(wanted, columns), wanted)
 
 
-def _fit(wanted: str, columns: int) -> str:
+def fit(wanted: str, columns: int) -> str:
+    """The wanted type where its block divides a row of `columns` weights, else what llama.cpp takes instead."""
     for candidate in (wanted, FALLBACKS.get(wanted)):
         if candidate and columns % FORMATS[candidate].block_length == 0:
             return candidate

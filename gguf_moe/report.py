@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import gguf
 
+from gguf_moe import naming
 from gguf_moe.gguf_file import GgufFile
 from gguf_moe.plan import Plan
+from gguf_moe.recipe import Choice
 
 SHOWN_ELEMENTS = 4  # of an array
 SHOWN_CHARACTERS = 100  # of a value
@@ -39,12 +42,24 @@ def dimensions(shape: Sequence[int]) -> str:
 
 
 def plan_text(plan: Plan) -> str:
-    """The dry run: every tensor, then the totals."""
+    """The dry run: every tensor, what the file says of itself and what the user set, then the totals."""
     rows: list[Sequence[object]] = [("tensor", "shape", "type", "bytes", "")]
     for t in plan.tensors:
-        note = f"instead of {t.choice.wanted}" if t.choice.fell_back else ""
-        rows.append((t.info.name, dimensions(t.info.shape), t.info.type, t.info.nbytes, note))
-    return f"{table(rows, '<<<><')}\n\n{plan_summary(plan)}"
+        rows.append((t.info.name, dimensions(t.info.shape), t.info.type, t.info.nbytes, _why(t.choice)))
+    keys = [
+        (printable(key), _value_text(item.value), "by --override-kv" if key in plan.overridden else "")
+        for key, item in plan.keys.items()
+        if key.startswith("general.") or key in plan.overridden
+    ]
+    return "\n\n".join([table(rows, "<<<><"), table(keys, "<<<"), plan_summary(plan)])
+
+
+def _why(choice: Choice) -> str:
+    """What a tensor's type has been instead of, and by which rule of the user's."""
+    notes = [f"instead of {choice.wanted}"] if choice.fell_back else []
+    if choice.asked:
+        notes.append(f"by {choice.asked}" + (f", else {choice.usual}" if choice.usual != choice.type else ""))
+    return printable(", ".join(notes))
 
 
 def plan_summary(plan: Plan) -> str:
@@ -106,6 +121,13 @@ def gguf_text(facts: dict[str, Any], *, tensors: bool) -> str:
         rows += [(printable(t["name"]), dimensions(t["shape"]), t["type"], t["bytes"]) for t in facts["tensors"]]
         parts.append(table(rows, "<<<>"))
     return "\n\n".join(parts)
+
+
+def name_warnings(facts: dict[str, Any]) -> list[str]:
+    """What the Hugging Face Hub would misread in the name of the file of these `gguf_facts`."""
+    known = {t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in gguf.LlamaFileType}
+    file_type = facts["file_type"] if facts["file_type"] in known else None
+    return naming.name_warnings(Path(facts["file"]).name, file_type)
 
 
 def printable(text: str) -> str:

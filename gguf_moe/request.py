@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gguf_moe.recipe import Rules
+from gguf_moe.rules import Rules
 
 
 @dataclass(frozen=True)

@@ -95,7 +95,7 @@ def test_a_model_card_cannot_choose_the_directory(run, tmp_path: Path) -> None:
     merge = copy(tmp_path)
     (merge / "README.md").write_text("---\nbasename: a\nfinetune: '../../up/'\n---\n")
     assert run("convert", merge, "--bits", 2).exit_code == 0
-    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a-4x4M-..-..-up--v1-Q2_K.gguf"]
+    assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a-4x4M-..-..-up-v1-Q2_K.gguf"]
 
 
 def test_a_missing_directory(run, tmp_path: Path) -> None:
