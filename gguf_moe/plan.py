@@ -81,7 +81,9 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | No
     architecture = find_architecture(checkpoint.config)
     facts = architecture.facts(checkpoint.config)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
-    vocabulary = read_vocabulary(checkpoint.directory, facts.vocabulary)
+    vocabulary = read_vocabulary(
+        checkpoint.directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template
+    )
     if file_type.quantized:
         mapped.sort(key=_quantizer_order)
     tensors = _place(mapped, file_type, facts)

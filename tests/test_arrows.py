@@ -18,7 +18,7 @@ ALLOWED = {
     "plan": {"arch", "checkpoint", "errors", "gguf_file", "mapping", "recipe", "request", "tokenizer"},
     "mapping": {"arch", "checkpoint", "errors"},
     "arch": {"arch", "checkpoint", "errors"},
-    "tokenizer": {"checkpoint", "errors"},
+    "tokenizer": {"checkpoint", "errors", "tokenizer"},
     "request": {"recipe"},
     "recipe": {"errors"},
     "gguf_file": {"errors"},
