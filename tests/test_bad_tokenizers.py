@@ -42,6 +42,14 @@ def prefixed(content: dict) -> None:
     content["model"]["continuing_subword_prefix"] = "##"
 
 
+def random_merges(content: dict) -> None:
+    content["model"]["dropout"] = 0.1
+
+
+def panicking(content: dict) -> None:
+    content["pre_tokenizer"] = {"type": "FixedLength", "length": 0}
+
+
 def hole_in_added(content: dict) -> None:
     content["added_tokens"].append({"id": 4099, "content": "<x>", "special": False, **NO_FLAGS})
 
@@ -81,6 +89,8 @@ def bad_id(content: dict) -> None:
         (unknown_part, 4096, "is ['the', 'zzzz'], but no token has the text 'zzzz'"),
         (unknown_whole, 4096, "is ['the', 'the'], but no token has the text 'thethe'"),
         (prefixed, 4096, "continuing_subword_prefix is '##'; llama.cpp has nothing like it"),
+        (random_merges, 4096, "dropout is 0.1; llama.cpp has nothing like it"),
+        (panicking, 4096, "the tokenizers package gives up on it: chunk size must be non-zero"),
         (hole_in_added, 4100, "'<x>' has the id 4099, but the tokenizers package gives it the next free one, 4096"),
         (id_of_another, 4096, "added token '<x>' has the id 2 of '</s>'"),
         (endless, 4100, "token 4096 has 10000000 bytes, expected at most 65535"),

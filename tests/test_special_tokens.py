@@ -266,13 +266,14 @@ def test_odd_templates_are_refused(settings: dict, files: dict, message: str, tm
 
 
 def test_the_command_line_takes_template_and_pre(run, tmp_path: Path) -> None:
-    (tmp_path / "mine.jinja").write_text("{{ messages }}")
-    result = run(
-        "convert", MERGE, "--quant", "Q2_K", "-o", tmp_path / "a.gguf", "--chat-template", tmp_path / "mine.jinja"
-    )
+    (tmp_path / "mine.jinja").write_text(EVIL)
+    asked = ("--chat-template", tmp_path / "mine.jinja")
+    result = run("convert", MERGE, "--quant", "Q2_K", "-o", tmp_path / "a.gguf", *asked)
     assert result.exit_code == 0, result.output
-    reader = gguf.GGUFReader(tmp_path / "a.gguf")
-    assert reader.fields["tokenizer.chat_template"].contents() == "{{ messages }}"
+    assert gguf.GGUFReader(tmp_path / "a.gguf").fields["tokenizer.chat_template"].contents() == EVIL
+    shown = run("inspect", tmp_path / "a.gguf").output
+    assert "\x1b" not in shown
+    assert "{{ ''.__class__.__mro__[1].__subclasses__() }}\\n\\x1b[2J" in shown, "shown escaped, never rendered"
     wrong = run("convert", MERGE, "--quant", "Q2_K", "-o", tmp_path / "b.gguf", "--pre", "qwen2")
     assert (wrong.exit_code, "--pre qwen2" in wrong.output) == (2, True)
     assert not (tmp_path / "b.gguf").exists()

@@ -49,6 +49,10 @@ def read_vocabulary(
             reading.notes += unlike_ends(file, special.ids, special.added)
     except (AttributeError, LookupError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise GgufMoeError(f"{directory}: a tokenizer file holds something unexpected: {error!r}") from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of Rust code in the tokenizers package; no module exports it
+            raise
+        raise GgufMoeError(f"{path}: the tokenizers package gives up on it: {error}") from None
     tokens = pad(path, reading.tokens, size)
     notes = (*reading.notes, *(f"{directory}: {note}" for note in special.notes))
     return Vocabulary(tokens, reading, special, templates, notes)

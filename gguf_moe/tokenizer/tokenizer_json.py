@@ -27,7 +27,7 @@ class BpeFile:
         kind = model.get("type") if isinstance(model, dict) else None
         if kind != "BPE" or not isinstance(model.get("vocab"), dict) or not model["vocab"]:
             raise GgufMoeError(f"{path}: tokenizer model is {kind!r}, expected 'BPE' with a vocabulary")
-        for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        for name in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
             if model.get(name):
                 raise GgufMoeError(f"{path}: {name} is {model[name]!r}; llama.cpp has nothing like it")
         self.path, self.document = path, document
