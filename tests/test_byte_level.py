@@ -142,6 +142,16 @@ def test_a_name_that_llama_cpp_lacks_is_a_wrong_call(tmp_path: Path) -> None:
     assert str(caught.value) == "--pre qwen3: llama.cpp knows no such pre-tokenizer; it knows qwen2, qwen35 and others"
 
 
+def test_without_merges_it_is_refused(tmp_path: Path) -> None:
+    document = trained("qwen2")
+    document["model"]["merges"] = []
+    save_tokenizer(tmp_path, document)
+    with pytest.raises(
+        GgufMoeError, match=r"tokenizer\.json: a byte-level BPE without merges; llama\.cpp does not load it"
+    ):
+        read_vocabulary(tmp_path, SIZE, pre="qwen2")
+
+
 def test_the_users_name_wins_over_a_known_one_with_a_note(real) -> None:
     directory, size, _ = real("gpt-2")
     vocabulary = read_vocabulary(directory, size, pre="smollm")

@@ -37,8 +37,9 @@ def find(post: dict | None, settings: dict, config: dict | None = None, **tokeni
     return find_special(document, settings, config or {}, 10, settings_add=True)
 
 
-NAMED = {"bos_token": "<s>", "eos_token": {"content": "</s>"}}
+NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
 EITHER = {"bos": 1, "eos": 2}
+ROBERTA = {"type": "RobertaProcessing", "sep": ["</s>", 2], "cls": ["<cls>", 5]}
 
 
 @pytest.mark.parametrize(
@@ -46,30 +47,53 @@ EITHER = {"bos": 1, "eos": 2}
     [
         (None, NAMED, EITHER, {}),
         (None, NAMED | {"add_bos_token": True, "add_eos_token": False}, EITHER, {"bos": True, "eos": False}),
-        (BYTE_LEVEL, NAMED, EITHER, {"bos": False, "eos": False}),
-        (BYTE_LEVEL, NAMED | {"add_bos_token": True}, EITHER, {"bos": False, "eos": False}),
-        ({"type": "RobertaProcessing"}, NAMED, EITHER, {"bos": True, "eos": True, "sep": True}),
-        (template([item("<s>"), A]), NAMED | {"add_bos_token": False}, EITHER, {"bos": True}),
+        (ROBERTA, NAMED, EITHER | {"sep": 2, "cls": 5}, {"bos": True, "eos": True, "sep": True}),
+        (template([item("<s>"), A]), NAMED, EITHER, {"bos": True}),
         (template([item("<s>"), A, item("</s>")]), NAMED, EITHER, {"bos": True, "eos": True}),
         (template([A]), NAMED, EITHER, {}),
-        (template([item("<cls>"), A]), NAMED, EITHER | {"cls": 5}, {"bos": True}),
-        (template([item("<s>"), A]), {"eos_token": "</s>"}, EITHER, {"bos": True}),
         (template([item("<s>"), A], [item("<s>"), A, item("<s>"), B]), NAMED, EITHER, {"bos": True, "sep": False}),
-        (template([item("<s>"), A], [item("<s>"), A, item("</s>"), B]), NAMED, EITHER, {"bos": True, "sep": True}),
-        (template([A], [A, item("<mask>"), item("</s>"), B]), NAMED, EITHER, {"sep": True}),
+        (
+            template([item("<s>"), A], [item("<s>"), A, item("</s>"), B]),
+            NAMED,
+            EITHER | {"sep": 2},
+            {"bos": True, "sep": True},
+        ),
+        (template([A], [A, item("<mask>"), item("</s>"), B]), NAMED, EITHER | {"sep": 2}, {"sep": True}),
         # Another last token than the named end of text: that one becomes the end of a turn.
         (template([A, item("<eot>")]), NAMED, {"bos": 1, "eos": 3, "eot": 2}, {"eos": True}),
-        (
-            {"type": "Sequence", "processors": [BYTE_LEVEL, template([item("<s>"), A])]},
-            NAMED,
-            EITHER,
-            {"bos": True, "eos": False},
-        ),
         (None, {"cls_token": "<cls>", "sep_token": "</s>"}, {"bos": 5, "eos": 2, "sep": 2, "cls": 5}, {}),
         (None, {"mask_token": "<mask>", "pad_token": "<s>", "unk_token": "<unk>"}, {"unk": 0, "pad": 1, "mask": 4}, {}),
     ],
+)
+def test_ids_and_flags_are_the_gguf_packages(
+    post: dict | None, settings: dict, ids: dict, added: dict, tmp_path: Path
+) -> None:
+    special = find(post, settings)
+    assert (list(special.ids.items()), list(special.added.items())) == (list(ids.items()), list(added.items()))
+    save_tokenizer(tmp_path, {"added_tokens": ADDED, "post_processor": post}, settings)
+    neighbour = gguf.SpecialVocab(tmp_path, n_vocab=10)
+    assert (list(ids.items()), list(added.items())) == (
+        list(neighbour.special_token_ids.items()),
+        list(neighbour.add_special_token.items()),
+    )
+
+
+@pytest.mark.parametrize(
+    ("post", "settings", "ids", "added"),
+    [
+        (BYTE_LEVEL, NAMED, EITHER, {"bos": False, "eos": False}),
+        (BYTE_LEVEL, NAMED | {"add_bos_token": True}, EITHER, {"bos": False, "eos": False}),
+        (template([item("<s>"), A]), NAMED | {"add_bos_token": False}, EITHER, {"bos": True}),
+        (template([item("<s>"), A, item("</s>")]), {k: {"content": v} for k, v in NAMED.items()}, EITHER, {"bos": True, "eos": True}),
+        (template([item("<cls>"), A]), NAMED, EITHER | {"cls": 5}, {"bos": True}),
+        (template([item("<s>"), A]), {"eos_token": "</s>"}, EITHER, {"bos": True}),
+        ({"type": "Sequence", "processors": [BYTE_LEVEL, template([item("<s>"), A])]}, NAMED, EITHER, {"bos": True, "eos": False}),
+    ],
 )  # fmt: skip
-def test_ids_and_flags(post: dict | None, settings: dict, ids: dict, added: dict) -> None:
+def test_ids_and_flags_where_llama_cpp_is_ahead_of_its_package(
+    post: dict | None, settings: dict, ids: dict, added: dict
+) -> None:
+    """gguf 0.19 lets settings overrule a template, takes no account of ByteLevel, and compares objects with texts."""
     special = find(post, settings)
     assert (special.ids, list(special.added.items()), special.notes) == (ids, list(added.items()), [])
 

@@ -82,5 +82,3 @@ def _read_text(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise GgufMoeError(f"{path}: a chat template has to be UTF-8: {error}") from None
-    except OSError as error:
-        raise GgufMoeError(f"{path}: chat template not readable: {error}") from None

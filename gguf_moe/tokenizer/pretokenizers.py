@@ -9,6 +9,8 @@ from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.tokenizer.pretokenizer_table import CHECK_TEXT, FAMILIES, GPT2, HASHES, IGNORING_MERGES, NAMES
 from gguf_moe.tokenizer.tokenizer_json import BpeFile
 
+MAX_PATTERN = 2000  # characters compared; those of known families have at most some 500
+
 
 def find_pre(file: BpeFile, asked: str | None) -> tuple[str, list[str]]:
     """llama.cpp's name for the tokenizer's splitting of words, with notes; `asked` overrules what is recognised.
@@ -48,7 +50,7 @@ def check_hash(file: BpeFile) -> str:
 
 def nearest(file: BpeFile) -> tuple[str, float]:
     """The family whose patterns are most like the file's, and how alike they are, up to 1."""
-    ours = "\n".join(_patterns(file))
+    ours = "\n".join(_patterns(file))[:MAX_PATTERN]
 
     def likeness(name: str) -> tuple[float, bool]:
         ratio = difflib.SequenceMatcher(None, ours, "\n".join(FAMILIES[name]), autojunk=False).ratio()

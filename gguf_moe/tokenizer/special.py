@@ -60,6 +60,8 @@ def find_special(
                 special.added.setdefault("eos", False)
             elif kind == "RobertaProcessing":
                 special.added |= {"bos": True, "eos": True, "sep": True}
+                for name, like in (("cls", "bos"), ("sep", "eos")):
+                    names[name] = names[name] or processor.get(name, [names[like]])[0]
             elif kind == "TemplateProcessing":
                 _follow_template(processor, names, special.added, bool(settings))
     added: dict[str, Any] = {}
@@ -125,6 +127,8 @@ def _follow_template(
         middle = [_special_name(item) for item in pair[1:-1]]
         known_ends = [text for text in (names["sep"], names["eos"]) if text]
         added["sep"] = (middle[0] in known_ends and not last) or (len(middle) == 2 and middle[1] in known_ends)
+        if added["sep"]:
+            names["sep"] = names["sep"] or names["eos"]
 
 
 def _special_name(item: dict[str, Any]) -> str | None:
