@@ -63,11 +63,13 @@ class BpeFile:
         pairs = []
         for rank, merge in enumerate(merges):
             parts = merge.split(" ") if isinstance(merge, str) else merge
+            problem = None
             if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
-                raise GgufMoeError(f"{self.path}: merge {rank} is {merge!r}, expected a pair of tokens")
-            for text in (*parts, "".join(parts)):
-                if text not in self.vocabulary:
-                    raise GgufMoeError(f"{self.path}: merge {rank} is {merge!r}, but no token has the text {text!r}")
+                problem = "expected a pair of tokens"
+            elif unknown := next((text for text in (*parts, "".join(parts)) if text not in self.vocabulary), None):
+                problem = f"but no token has the text {unknown[:80]!r}"
+            if problem:
+                raise GgufMoeError(f"{self.path}: merge {rank} is {repr(merge)[:80]}, {problem}")
             pairs.append((parts[0], parts[1]))
         return pairs
 
