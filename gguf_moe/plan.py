@@ -85,7 +85,9 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | No
     architecture = find_architecture(checkpoint.config)
     facts = architecture.facts(checkpoint.config)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
-    vocabulary = read_vocabulary(checkpoint.directory, facts.vocabulary)
+    vocabulary = read_vocabulary(
+        checkpoint.directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template
+    )
     by_quantizer = file_type.quantized or request.rules.retype or bool(request.override_kv)
     if by_quantizer:
         mapped.sort(key=_quantizer_order)

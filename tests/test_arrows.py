@@ -29,7 +29,7 @@ ALLOWED = {
     "overrides": {"errors"},
     "mapping": {"arch", "checkpoint", "errors"},
     "arch": {"arch", "checkpoint", "errors"},
-    "tokenizer": {"checkpoint", "errors"},
+    "tokenizer": {"checkpoint", "errors", "tokenizer"},
     "request": {"rules"},
     "recipe_file": {"errors", "recipe", "rules"},
     "rules": {"errors", "recipe"},

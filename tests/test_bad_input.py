@@ -186,7 +186,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "normalizer a list": (
         lambda m: edit_json(m / "tokenizer.json", normalizer=[1]),
-        "a tokenizer file holds something unexpected",
+        "tokenizer.json: the tokenizers package cannot read it: data did not match any variant",
     ),
     "settings a list": (
         lambda m: (m / "tokenizer_config.json").write_text("[]"),
@@ -207,10 +207,10 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "chat template a number": (
         lambda m: edit_json(m / "tokenizer_config.json", chat_template=[1]),
-        "the tokenizer's files or the model card hold what GGUF cannot",
+        "tokenizer_config.json: chat_template has the entry '1', expected a name and a template as text",
     ),
     "half a character": (
-        lambda m: edit_vocabulary(m, lambda v: v.update({"\ud800": v.pop("the")})),
+        lambda m: edit_json(m / "tokenizer_config.json", chat_template="\ud800"),
         "the tokenizer's files or the model card hold what GGUF cannot",
     ),
     "endless dimensions": (
