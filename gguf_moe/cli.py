@@ -21,7 +21,8 @@ from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.convert import Progress, check_target
 from gguf_moe.convert import convert as run_plan
 from gguf_moe.errors import GgufMoeError, UsageError
-from gguf_moe.gguf_file import read_gguf
+from gguf_moe.gguf_reader import read_gguf
+from gguf_moe.gguf_source import open_gguf
 from gguf_moe.plan import make_plan
 from gguf_moe.recipe import BITS, FileType, Rules, find_file_type
 from gguf_moe.request import Request
@@ -89,16 +90,16 @@ def _as_request(
 
 
 @cli.command()
-@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option("--bits", type=click.Choice([str(b) for b in BITS]), help="Bits a weight; short for a usual --quant.")
 @click.option("--quant", "quant_name", metavar="NAME", help="A file type of llama.cpp, as Q4_K_M or BF16, in any case.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or directory; by default beside MODEL_DIR.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or directory; by default beside MODEL.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, tensor by tensor, and write nothing.")
 @_request_options
 def convert(
-    model_dir: Path,
+    model: Path,
     bits: str | None,
     quant_name: str | None,
     output: Path | None,
@@ -107,10 +108,12 @@ def convert(
     dry_run: bool,
     **asked: Any,
 ) -> None:
-    """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
-    file_type = _asked_file_type(bits, quant_name)
-    plan = make_plan(open_checkpoint(model_dir), file_type, _as_request(**asked))
-    target = output or (model_dir if model_dir.name not in ("", "..") else model_dir.resolve()).parent
+    """Convert MODEL to one GGUF file: the directory of a merge (config.json, tokenizer, safetensors), or a GGUF file,
+    the first shard if there are several. A GGUF file keeps its tensors' types unless --bits or --quant is given."""
+    is_gguf = model.is_file() or model.suffix == ".gguf"
+    file_type = None if is_gguf and bits is quant_name is None else _asked_file_type(bits, quant_name)
+    plan = make_plan(open_gguf(model) if is_gguf else open_checkpoint(model), file_type, _as_request(**asked))
+    target = output or (model if model.name not in ("", "..") else model.resolve()).parent
     if target.is_dir():
         target = target / plan.default_name
     for warning in plan.warnings:

@@ -106,6 +106,8 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
     """Refuse a target that must not or cannot be written."""
     if not path.parent.is_dir():
         raise GgufMoeError(f"{path}: directory {path.parent} does not exist")
+    if path.exists() and any(path.samefile(source) for source in plan.inputs):
+        raise GgufMoeError(f"{path}: is the input itself; name another file with --output")
     if path.exists() and not path.is_file():
         raise GgufMoeError(f"{path}: is no regular file, expected a file name")
     if path.exists() and not force:
@@ -120,11 +122,25 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
 def _encode(piece: _Piece) -> np.ndarray:
     """Read, check and encode the rows of a piece. Returns uint8 [rows, row bytes]."""
     slab, kind = piece.slab, piece.tensor.info.type
+    if slab.source.stored == kind:
+        return _copy(piece)
     rows = slab.read(slab.source.matrix(), piece.start, piece.stop)
     _check_finite(rows, slab, piece.start)
     encoded = quant.quantize(rows, kind, dtype=SOURCE_DTYPES[slab.source.dtype][1])
     _check_scales(encoded, piece.tensor, slab, piece.start)
     return encoded
+
+
+def _copy(piece: _Piece) -> np.ndarray:
+    """The rows of a piece as its GGUF file has them: uint8 [rows, row bytes]. Refuses damaged scales."""
+    slab, kind = piece.slab, piece.tensor.info.type
+    rows = slab.read(slab.source.raw(), piece.start, piece.stop)
+    block = quant.first_nonfinite_scale(rows, kind) if kind in quant.FORMATS else None
+    if block is not None:
+        row, column = divmod(block * quant.FORMATS[kind].block_length, piece.tensor.mapped.shape[-1])
+        index = _index(slab.source, slab.source_row(piece.start + row), column)
+        raise GgufMoeError(f"{_where(slab.source)}: the scales of the block at {index} are not finite; it is damaged")
+    return rows
 
 
 def _check_finite(rows: np.ndarray, slab: Slab, start: int) -> None:

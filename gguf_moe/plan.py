@@ -15,9 +15,12 @@ import gguf
 from gguf_moe import mapping
 from gguf_moe.arch import Architecture, ModelFacts, find_architecture
 from gguf_moe.checkpoint import Checkpoint
-from gguf_moe.errors import GgufMoeError
+from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.gguf_file import TensorInfo, encode_header, padded
-from gguf_moe.recipe import Choice, FileType, RecipeFacts, choose_type
+from gguf_moe.gguf_keys import ModelKeys, check_vocabulary, converted_keys, cut_at_nul, expert_count, recipe_facts
+from gguf_moe.gguf_reader import TENSOR_TYPES
+from gguf_moe.gguf_source import GgufModel, map_gguf
+from gguf_moe.recipe import KEPT, Choice, FileType, RecipeFacts, choose_type, quantizer_order
 from gguf_moe.request import Request
 from gguf_moe.tokenizer import Vocabulary, read_vocabulary
 from quant import FORMATS
@@ -45,6 +48,7 @@ class Plan:
     header: bytes = field(repr=False)
     default_name: str
     warnings: tuple[str, ...]
+    inputs: tuple[Path, ...]  # never to be written to
 
     @cached_property
     def data_bytes(self) -> int:
@@ -72,59 +76,127 @@ class Plan:
         return dict(Counter(t.info.type for t in self.tensors).most_common())
 
 
-def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | None = None) -> Plan:
-    """Plan the conversion of a checkpoint to one file type.
+def make_plan(
+    source: Checkpoint | GgufModel, file_type: FileType | None = None, request: Request | None = None
+) -> Plan:
+    """Plan the conversion of a checkpoint, or of a GGUF file, to one file type. Without one, the tensors of a GGUF file
+    keep their types.
 
-    Raises GgufMoeError for anything about the checkpoint that would not give a working file.
+    Raises GgufMoeError for anything about the source that would not give a working file.
     """
     request = request or Request()
+    if isinstance(source, GgufModel):
+        return _plan_from_gguf(source, file_type or source.kept_file_type, request)
+    if file_type is None:
+        raise UsageError(f"{source.directory}: a checkpoint needs a file type: give --bits or --quant")
+    return _plan_from_checkpoint(source, file_type, request)
+
+
+def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: Request) -> Plan:
     architecture = find_architecture(checkpoint.config)
     facts = architecture.facts(checkpoint.config)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
     vocabulary = read_vocabulary(checkpoint.directory, facts.vocabulary)
-    if file_type.quantized:
-        mapped.sort(key=_quantizer_order)
-    tensors = _place(mapped, file_type, facts)
+    tied = not any(tensor.role == "output" for tensor in mapped)
+    tensors = _place(mapped, file_type, RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied))
     metadata = _read_metadata(checkpoint.directory, mapped)
     try:
         keys = _keys(architecture, facts, vocabulary, metadata, file_type)
+        if file_type.quantized:
+            keys = {key: cut_at_nul(value) for key, value in keys.items()}
         header = encode_header(keys, [t.info for t in tensors])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error) as error:
         raise GgufMoeError(
             f"{checkpoint.directory}: the tokenizer's files or the model card hold what GGUF cannot: {error!r}"
         ) from None
-    general = gguf.Keys.General
-    parts = (general.NAME, general.BASENAME, general.FINETUNE, general.VERSION, general.SIZE_LABEL)
-    name = gguf.naming_convention(*(keys[key].value if key in keys else None for key in parts), file_type.name)
-    name = re.sub(r"[^\w.+-]+", "-", name)[:MAX_NAME]  # from a model card, so anything
     return Plan(
         checkpoint.directory,
         file_type,
         keys,
         tensors,
         header,
-        f"{name}.gguf",
+        _default_name(keys, file_type, None),
         (*vocabulary.notes, *_fallback_warning(tensors)),
+        tuple(checkpoint.files),
     )
 
 
-def _quantizer_order(tensor: mapping.MappedTensor) -> tuple[int, bytes]:
-    """llama.cpp's quantizer writes what belongs to no layer first, then layer by layer, each by name."""
-    return (-1 if tensor.layer is None else tensor.layer, tensor.name.encode())
+def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> Plan:
+    for option, asked in (("--pre", request.pre), ("--chat-template", request.chat_template)):
+        if asked is not None:
+            raise UsageError(f"{option} is for checkpoints; --override-kv sets the keys of a GGUF file")
+    keys = converted_keys(model.keys, file_type)
+    model_keys = ModelKeys(model.path, keys)
+    experts = expert_count(model_keys)
+    mapped = map_gguf(model, experts)
+    facts = recipe_facts(model_keys, mapped, experts)
+    check_vocabulary(model_keys, mapped)
+    if facts.architecture == "falcon" and file_type.quantized and file_type.default != KEPT:
+        raise GgufMoeError(f"{model.path}: llama.cpp has types of its own for falcon, which gguf-moe does not know")
+    tensors = _place(mapped, file_type, facts)
+    _check_decoding(tensors, request)
+    return Plan(
+        model.path,
+        file_type,
+        keys,
+        tensors,
+        encode_header(keys, [t.info for t in tensors]),
+        _default_name(keys, file_type, model.path.stem),
+        tuple(_fallback_warning(tensors)),
+        tuple(file.path for file in model.files),
+    )
 
 
-def _place(mapped: list[mapping.MappedTensor], file_type: FileType, facts: ModelFacts) -> tuple[TensorPlan, ...]:
-    tied = not any(tensor.role == "output" for tensor in mapped)
-    recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied)
+def _default_name(keys: dict[str, Any], file_type: FileType, stem: str | None) -> str:
+    """The file name by the GGUF naming convention; `stem` where the keys hold no name."""
+    general = gguf.Keys.General
+    parts = (general.NAME, general.BASENAME, general.FINETUNE, general.VERSION, general.SIZE_LABEL)
+    texts = [keys[key].value if key in keys and isinstance(keys[key].value, str) else None for key in parts]
+    texts[0] = texts[0] or stem
+    name = gguf.naming_convention(*texts, file_type.name)
+    return re.sub(r"[^\w.+-]+", "-", name)[:MAX_NAME] + ".gguf"  # from a model card or a file, so anything
+
+
+def _place(mapped: list[mapping.MappedTensor], file_type: FileType, facts: RecipeFacts) -> tuple[TensorPlan, ...]:
+    """Type, order and offset of each tensor."""
+    if file_type.quantized:
+        mapped = sorted(mapped, key=lambda tensor: quantizer_order(tensor.name))
     tensors = []
     offset = 0
+    visited: Counter[str] = Counter()
     for tensor in mapped:
-        columns = tensor.shape[-1]
-        choice = choose_type(file_type, tensor.role, tensor.layer or 0, columns, recipe_facts)
-        nbytes = tensor.elements // columns * FORMATS[choice.type].row_bytes(columns)
-        tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, tensor.shape, nbytes, offset)))
+        columns, shape = tensor.shape[-1], tensor.shape
+        # llama.cpp counts the tensors of a role as it goes, but takes the layer from the names of experts
+        by_name = facts.experts > 1 and tensor.role.startswith("ffn") and tensor.layer is not None
+        index = tensor.layer if by_name else visited[tensor.role]
+        visited[tensor.role] += 1
+        if KEPT in (file_type.default, tensor.role):
+            kept = tensor.slabs[0].source.type
+            choice = Choice(kept, kept)
+        else:
+            choice = choose_type(file_type, tensor.role, index, columns, facts)
+        while file_type.quantized and len(shape) > 1 and shape[0] == 1:  # the quantizer writes no outer 1s
+            shape = shape[1:]
+        nbytes = tensor.elements // columns * TENSOR_TYPES[choice.type].row_bytes(columns)
+        tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, shape, nbytes, offset)))
         offset += padded(nbytes)
     return tuple(tensors)
+
+
+def _check_decoding(tensors: tuple[TensorPlan, ...], request: Request) -> None:
+    """Refuse to decode what is in blocks already, unless asked for, and what cannot be decoded."""
+    for tensor in tensors:
+        for source in (slab.source for slab in tensor.mapped.slabs):
+            if source.stored in (None, tensor.info.type):
+                continue
+            where = f"{source.file}: tensor {source.name} is {source.stored}"
+            if source.stored not in FORMATS:
+                raise GgufMoeError(f"{where}, which gguf-moe cannot decode to {tensor.info.type}; convert the original")
+            if not request.allow_requantize:
+                raise GgufMoeError(
+                    f"{where}, so quantized already; as {tensor.info.type} it would be worse than from the original: "
+                    "convert that, or give --allow-requantize"
+                )
 
 
 def _read_metadata(directory: Path, mapped: list[mapping.MappedTensor]) -> gguf.Metadata:
@@ -198,7 +270,7 @@ def _fallback_warning(tensors: tuple[TensorPlan, ...]) -> list[str]:
     if not fallen:
         return []
     elements = sum(t.mapped.elements for t in tensors)
-    nominal = sum(t.mapped.elements * FORMATS[t.choice.wanted].bits_per_weight for t in tensors) / elements
+    nominal = sum(t.mapped.elements * TENSOR_TYPES[t.choice.wanted].bits_per_weight for t in tensors) / elements
     effective = 8 * sum(t.info.nbytes for t in tensors) / elements
     changes = Counter(f"{t.choice.wanted} to {t.choice.type}" for t in fallen)
     listed = ", ".join(f"{change} ({count})" for change, count in changes.items())

@@ -8,7 +8,7 @@ from typing import Any
 
 import gguf
 
-from gguf_moe.gguf_file import GgufFile
+from gguf_moe.gguf_reader import GgufFile, StoredArray
 from gguf_moe.plan import Plan
 
 SHOWN_ELEMENTS = 4  # of an array
@@ -43,7 +43,7 @@ def plan_text(plan: Plan) -> str:
     rows: list[Sequence[object]] = [("tensor", "shape", "type", "bytes", "")]
     for t in plan.tensors:
         note = f"instead of {t.choice.wanted}" if t.choice.fell_back else ""
-        rows.append((t.info.name, dimensions(t.info.shape), t.info.type, t.info.nbytes, note))
+        rows.append((printable(t.info.name), dimensions(t.info.shape), t.info.type, t.info.nbytes, note))
     return f"{table(rows, '<<<><')}\n\n{plan_summary(plan)}"
 
 
@@ -73,8 +73,8 @@ def gguf_facts(file: GgufFile) -> dict[str, Any]:
         "file_type": _file_type_name(file.keys.get(gguf.Keys.General.FILE_TYPE)),
         "weights": weights,
         "bits_per_weight": 8 * nbytes / weights if weights else None,
-        "experts": file.keys.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch=architecture), 0),
-        "experts_used": file.keys.get(gguf.Keys.LLM.EXPERT_USED_COUNT.format(arch=architecture), 0),
+        "experts": _short(file.keys.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch=architecture), 0)),
+        "experts_used": _short(file.keys.get(gguf.Keys.LLM.EXPERT_USED_COUNT.format(arch=architecture), 0)),
         "types": dict(sorted(histogram.items(), key=lambda item: -item[1]["bytes"])),
         "keys": {key: _short(value) for key, value in file.keys.items()},
         "tensors": [
@@ -121,8 +121,12 @@ def _file_type_name(number: Any) -> str:
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, list) and len(value) > 4 * SHOWN_ELEMENTS:
-        return {"length": len(value), "first": value[:SHOWN_ELEMENTS]}
+    """A key's value for JSON: long arrays by their length, bytes that are no text escaped."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    if isinstance(value, StoredArray):
+        first = [_short(element) for element in value[: 4 * SHOWN_ELEMENTS]]
+        return first if len(value) <= len(first) else {"length": len(value), "first": first[:SHOWN_ELEMENTS]}
     return value
 
 

@@ -10,18 +10,26 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": {"checkpoint", "convert", "errors", "gguf_file", "plan", "recipe", "report", "request"},
+    "cli": {
+        *("checkpoint", "convert", "errors", "gguf_reader", "gguf_source", "plan", "recipe", "report", "request"),
+    },
     "__main__": {"cli"},
     "__init__": set(),
-    "report": {"gguf_file", "plan"},
+    "report": {"gguf_reader", "plan"},
     "convert": {"checkpoint", "errors", "gguf_file", "mapping", "plan"},
-    "plan": {"arch", "checkpoint", "errors", "gguf_file", "mapping", "recipe", "request", "tokenizer"},
+    "plan": {
+        *("arch", "checkpoint", "errors", "gguf_file", "gguf_keys", "gguf_reader", "gguf_source", "mapping", "recipe"),
+        *("request", "tokenizer"),
+    },
+    "gguf_keys": {"errors", "mapping", "recipe"},
+    "gguf_source": {"checkpoint", "errors", "gguf_reader", "mapping", "recipe"},
     "mapping": {"arch", "checkpoint", "errors"},
     "arch": {"arch", "checkpoint", "errors"},
     "tokenizer": {"checkpoint", "errors"},
     "request": {"recipe"},
     "recipe": {"errors"},
-    "gguf_file": {"errors"},
+    "gguf_file": {"errors", "gguf_reader"},
+    "gguf_reader": {"errors"},
     "checkpoint": {"errors"},
     "errors": set(),
 }
