@@ -97,6 +97,8 @@ def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: 
     facts = architecture.facts(checkpoint.config)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
     vocabulary = read_vocabulary(checkpoint.directory, facts.vocabulary)
+    if file_type.quantized:
+        mapped.sort(key=_quantizer_order)
     tied = not any(tensor.role == "output" for tensor in mapped)
     tensors = _place(mapped, file_type, RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied))
     metadata = _read_metadata(checkpoint.directory, mapped)
@@ -133,6 +135,8 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> 
     check_vocabulary(model_keys, mapped)
     if facts.architecture == "falcon" and file_type.quantized and file_type.default != KEPT:
         raise GgufMoeError(f"{model.path}: llama.cpp has types of its own for falcon, which gguf-moe does not know")
+    if file_type.quantized:
+        mapped.sort(key=_quantizer_order)
     tensors = _place(mapped, file_type, facts)
     _check_decoding(tensors, request)
     return Plan(
@@ -157,10 +161,12 @@ def _default_name(keys: dict[str, Any], file_type: FileType, stem: str | None) -
     return re.sub(r"[^\w.+-]+", "-", name)[:MAX_NAME] + ".gguf"  # from a model card or a file, so anything
 
 
+def _quantizer_order(tensor: mapping.MappedTensor) -> tuple[int, bytes]:
+    return quantizer_order(tensor.name)
+
+
 def _place(mapped: list[mapping.MappedTensor], file_type: FileType, facts: RecipeFacts) -> tuple[TensorPlan, ...]:
-    """Type, order and offset of each tensor."""
-    if file_type.quantized:
-        mapped = sorted(mapped, key=lambda tensor: quantizer_order(tensor.name))
+    """Type and offset of each tensor."""
     tensors = []
     offset = 0
     visited: Counter[str] = Counter()
