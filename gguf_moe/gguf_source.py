@@ -141,7 +141,8 @@ def _other_shards(first: GgufFile) -> list[GgufFile]:
         return []
     match = _SHARD.fullmatch(first.path.name)
     if match is None or int(match[3]) != count or int(match[2]) != number + 1:
-        _fail(first.path, f"is shard {number + 1} of {count} by its keys, expected a name as that says: -00001-of-")
+        name = f"-{number + 1:05d}-of-{count:05d}.gguf"
+        _fail(first.path, f"is shard {number + 1} of {count} by its keys, expected a name that ends in {name}")
 
     def shard(i: int) -> Path:
         return first.path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}.gguf")

@@ -177,7 +177,7 @@ def _place(mapped: list[mapping.MappedTensor], file_type: FileType, facts: Recip
         index = tensor.layer if by_name else visited[tensor.role]
         visited[tensor.role] += 1
         if KEPT in (file_type.default, tensor.role):
-            kept = tensor.slabs[0].source.type
+            kept = _only_type(tensor)
             choice = Choice(kept, kept)
         else:
             choice = choose_type(file_type, tensor.role, index, columns, facts)
@@ -187,6 +187,17 @@ def _place(mapped: list[mapping.MappedTensor], file_type: FileType, facts: Recip
         tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, shape, nbytes, offset)))
         offset += padded(nbytes)
     return tuple(tensors)
+
+
+def _only_type(tensor: mapping.MappedTensor) -> str:
+    """The type of all sources of a tensor that is to keep it."""
+    types = sorted({slab.source.type for slab in tensor.slabs})
+    if len(types) > 1:
+        raise GgufMoeError(
+            f"{tensor.slabs[0].source.file}: the experts of {tensor.name} are {' and '.join(types)}; give --bits or "
+            "--quant to make them one type"
+        )
+    return types[0]
 
 
 def _check_decoding(tensors: tuple[TensorPlan, ...], request: Request) -> None:
