@@ -16,7 +16,7 @@ import gguf
 
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.mapping import MappedTensor
-from gguf_moe.recipe import FileType, RecipeFacts
+from gguf_moe.recipe import FileType, RecipeFacts, role_of
 
 MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
 MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
@@ -115,7 +115,7 @@ class ModelKeys:
 def recipe_facts(model: ModelKeys, mapped: list[MappedTensor], experts: int) -> RecipeFacts:
     """What the recipe asks of the model, after checking what keys and tensors say of each other."""
     layers = model.integer(model.model(_LLM.BLOCK_COUNT), 1, MAX_LAYERS)
-    roles = [tensor.role for tensor in mapped]
+    roles = [role_of(tensor.name) for tensor in mapped]
     heads_key, kv_key = (
         model.model(key) for key in (gguf.Keys.Attention.HEAD_COUNT, gguf.Keys.Attention.HEAD_COUNT_KV)
     )

@@ -152,16 +152,21 @@ def quantizer_order(name: str) -> tuple[int, bytes]:
     return int(match[1]) if match else -1, name.encode()
 
 
-def role_of(name: str, rank: int) -> str:
-    """The role of a tensor by its GGUF name, as llama.cpp's quantizer sees it: a matrix's part in the model, "other",
-    or KEPT for what is no matrix or never quantized. `rank` does not count outer dimensions of 1."""
-    if rank < 2 or not name.endswith("weight") or name in _KEPT_NAMES or any(part in name for part in _KEPT_PARTS):
-        return KEPT
+def role_of(name: str) -> str:
+    """The part that a tensor has in the model by its GGUF name, as llama.cpp's quantizer tells it; or "other"."""
     if name == "output.weight":
         return "output"
     if name in ("token_embd.weight", "per_layer_token_embd.weight"):
         return "token_embd"
     return next((role for part, role in _ROLE_PARTS.items() if part in name), "other")
+
+
+def is_kept(name: str, rank: int) -> bool:
+    """Whether llama.cpp's quantizer leaves a tensor in the type that it has: what is no matrix, and some that are.
+    `rank` does not count outer dimensions of 1."""
+    if rank < 2 or not name.endswith("weight"):
+        return True
+    return name in _KEPT_NAMES or any(part in name for part in _KEPT_PARTS)
 
 
 def find_file_type(name: str) -> FileType:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,11 @@ class Parts:
 
 def load(path: Path) -> Parts:
     """By the gguf package."""
+    return copy.deepcopy(_load(path, path.stat().st_mtime_ns))
+
+
+@lru_cache(maxsize=4)
+def _load(path: Path, changed_at: int) -> Parts:
     reader = gguf.GGUFReader(path)
     keys = {}
     for name, entry in reader.fields.items():
