@@ -69,7 +69,9 @@ def _request_options(command: Callable) -> Callable:
         click.option("--metadata", type=click.Path(path_type=Path), help="JSON file of general.* keys."),
         click.option("--name", help="general.name, and the default file name's first part."),
         click.option("--size-label", metavar="LABEL", help="general.size_label, as 4x7B."),
-        click.option("--allow-requantize", is_flag=True, help="Take a GGUF whose tensors are quantized already."),
+        click.option(
+            "--allow-requantize", is_flag=True, help="Decode and quantize anew what is quantized in a GGUF MODEL."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -110,7 +112,7 @@ def convert(
 ) -> None:
     """Convert MODEL to one GGUF file: the directory of a merge (config.json, tokenizer, safetensors), or a GGUF file,
     the first shard if there are several. A GGUF file keeps its tensors' types unless --bits or --quant is given."""
-    is_gguf = model.is_file() or model.suffix == ".gguf"
+    is_gguf = model.is_file() or (model.suffix == ".gguf" and not model.is_dir())
     file_type = None if is_gguf and bits is quant_name is None else _asked_file_type(bits, quant_name)
     plan = make_plan(open_gguf(model) if is_gguf else open_checkpoint(model), file_type, _as_request(**asked))
     target = output or (model if model.name not in ("", "..") else model.resolve()).parent
@@ -153,7 +155,7 @@ def _progress(total: int) -> Iterator[Callable[[Progress], None]]:
         with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
 
             def advance(progress: Progress) -> None:
-                bar.set_postfix_str(progress.tensor, refresh=False)
+                bar.set_postfix_str(report.printable(progress.tensor), refresh=False)
                 bar.update(progress.done - bar.n)
 
             yield advance
@@ -164,7 +166,7 @@ def _progress(total: int) -> Iterator[Callable[[Progress], None]]:
         nonlocal shown
         if (step := PLAIN_STEPS * progress.done // progress.total) > shown:
             shown = step
-            click.echo(f"{100 * step // PLAIN_STEPS} % written, at {progress.tensor}", err=True)
+            click.echo(f"{100 * step // PLAIN_STEPS} % written, at {report.printable(progress.tensor)}", err=True)
 
     yield line
 

@@ -86,7 +86,8 @@ class GgufModel:
         """What the file says it is, every tensor kept as it is; the commonest type where it does not say (flagged, as
         llama.cpp does)."""
         value = self.keys.get(gguf.Keys.General.FILE_TYPE)
-        number = value.value if value and isinstance(value.value, int) else self._guessed_file_type()
+        said = value is not None and value.type is gguf.GGUFValueType.UINT32
+        number = value.value if said else self._guessed_file_type()
         try:
             name = gguf.LlamaFileType(number & ~_GUESSED).name.removeprefix("MOSTLY_").removeprefix("ALL_")
         except ValueError:

@@ -41,7 +41,7 @@ class TensorPlan:
 class Plan:
     """Everything about one output file. Made without reading a weight."""
 
-    directory: Path
+    directory: Path  # of the checkpoint, or the GGUF file
     file_type: FileType
     keys: dict[str, Any] = field(repr=False)
     tensors: tuple[TensorPlan, ...] = field(repr=False)

@@ -295,3 +295,18 @@ def test_rules_follow_names_in_other_architectures(quant: str, run, tmp_path: Pa
     path = parts.save(tmp_path / "in.gguf")
     want = quantize(path, tmp_path / "want.gguf", quant)
     assert convert(run, path, tmp_path / "out.gguf", "--quant", quant) == want
+
+
+def test_names_do_not_reach_the_terminal(run, made, tmp_path: Path) -> None:
+    name = "blk.0.\x1b[2Jffn_up_exps.weight"
+
+    def change(parts: Parts) -> None:
+        parts.tensors = {name if "blk.0.ffn_up" in n else n: entry for n, entry in parts.tensors.items()}
+
+    path = changed(made("spm", "BF16"), tmp_path / "in.gguf", change)
+    for options in (["--dry-run"], ["-o", tmp_path / "out.gguf"]):
+        result = run("convert", path, "--quant", "F16", *options)
+        assert result.exit_code == 0, result.stderr
+        assert "\x1b" not in result.output
+    assert r"blk.0.\x1b[2Jffn_up_exps.weight" in run("convert", path, "--bits", 4, "--dry-run").stdout
+    assert r"blk.0.\x1b[2Jffn_up_exps.weight" in run("inspect", path, "--tensors").stdout
