@@ -83,22 +83,22 @@ class ModelKeys:
         """The name of one of the model's keys."""
         return template.format(arch=self.architecture)
 
-    def fail(self, key: str, expected: str) -> NoReturn:
+    def fail(self, key: str, expected: str, remedy: str = "") -> NoReturn:
         """Raise GgufMoeError on the value of a key."""
         value = self.value(key)
         found = f"is an array of {len(value)}" if self.is_array(key) else f"is {value!r:.80}"
         found = found if key in self.keys else "is missing"
-        raise GgufMoeError(f"{self.path}: {key} {found}, expected {expected}; --override-kv sets a key")
+        raise GgufMoeError(f"{self.path}: {key} {found}, expected {expected}{remedy}")
 
     def is_array(self, key: str) -> bool:
         """Whether the key is there and has several values."""
         return key in self.keys and self.keys[key].type is _Type.ARRAY
 
-    def integer(self, key: str, least: int, most: int, default: int | None = None) -> int:
+    def integer(self, key: str, least: int, most: int, default: int | None = None, remedy: str = "") -> int:
         """An integer in [least, most]."""
         value = self.value(key) if key in self.keys else default
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-            self.fail(key, f"an integer from {least} to {most}")
+            self.fail(key, f"an integer from {least} to {most}", remedy)
         return value
 
     def per_layer(self, key: str, layers: int, default: list[int] | None = None) -> list[int]:
@@ -141,14 +141,14 @@ def expert_count(model: ModelKeys) -> int:
 
 def _check_numbers(model: ModelKeys, experts: int) -> None:
     if experts:
-        model.integer(model.model(_LLM.EXPERT_USED_COUNT), 1, experts)
+        model.integer(model.model(_LLM.EXPERT_USED_COUNT), 1, experts, remedy="; --experts-used sets it")
     rope = model.model(gguf.Keys.Rope.DIMENSION_COUNT)
     if isinstance(model.value(rope), int) and model.value(rope) % 2:
         model.fail(rope, "an even integer")
     for key in (gguf.Keys.Attention.LAYERNORM_EPS, gguf.Keys.Attention.LAYERNORM_RMS_EPS):
         epsilon = model.value(model.model(key))
         if epsilon is not None and not (isinstance(epsilon, float) and 0 < epsilon < math.inf):
-            model.fail(model.model(key), "a positive number")
+            model.fail(model.model(key), "a positive number", "; --override-kv sets it")
 
 
 def _check_stacks(model: ModelKeys, mapped: list[MappedTensor], experts: int) -> None:
@@ -179,11 +179,11 @@ def check_vocabulary(model: ModelKeys, mapped: list[MappedTensor]) -> None:
     for number, (kind, token) in enumerate(zip(kinds or (), tokens)):
         if kind == gguf.TokenType.BYTE and not (isinstance(token, str) and _BYTE.fullmatch(token)):
             raise GgufMoeError(
-                f"{model.path}: token {number} is of type byte, but {token!r}; expected <0x00> to <0xFF>"
+                f"{model.path}: token {number} is of type byte, but {token!r:.80}; expected <0x00> to <0xFF>"
             )
     for key in model.keys:
         if key.startswith("tokenizer.ggml.") and key.endswith("_token_id"):
-            model.integer(key, 0, len(tokens) - 1)
+            model.integer(key, 0, len(tokens) - 1, remedy="; --override-kv sets it")
     for tensor in mapped:
         if tensor.name == "token_embd.weight" and tensor.shape[0] != len(tokens):
             model.fail(_Tokenizer.LIST, f"{tensor.shape[0]}, a token for each row of {tensor.name}")

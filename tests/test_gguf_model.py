@@ -22,7 +22,7 @@ from gguf_moe.recipe import find_file_type
 
 F32, BOOL = gguf.GGUFValueType.FLOAT32, gguf.GGUFValueType.BOOL
 TOKENS, TYPES, SCORES = (f"tokenizer.ggml.{name}" for name in ("tokens", "token_type", "scores"))
-HINT = "; --override-kv sets a key"
+HINT = "; --override-kv sets it"
 
 
 def put(name: str, value: object, kind: gguf.GGUFValueType = U32, element: object = None) -> Callable[[Parts], None]:
@@ -48,17 +48,17 @@ CASES: dict[str, tuple[Callable[[Parts], object], str]] = {
         put("general.architecture", 3),
         "general.architecture is 3, expected the name of a model",
     ),
-    "no layers": (drop("llama.block_count"), f"llama.block_count is missing, expected an integer from 1 to 512{HINT}"),
-    "0 layers": (put("llama.block_count", 0), f"llama.block_count is 0, expected an integer from 1 to 512{HINT}"),
+    "no layers": (drop("llama.block_count"), "llama.block_count is missing, expected an integer from 1 to 512"),
+    "0 layers": (put("llama.block_count", 0), "llama.block_count is 0, expected an integer from 1 to 512"),
     "2^31 layers": (put("llama.block_count", 1 << 31), f"llama.block_count is {1 << 31}, expected an integer from 1"),
     "layers as text": (put("llama.block_count", "4", STRING), "llama.block_count is '4', expected an integer from 1"),
     "too few layers": (
         put("llama.block_count", 3),
-        f"llama.block_count is 3, expected more than the layer of tensor blk.3.attn_k.weight{HINT}",
+        "llama.block_count is 3, expected more than the layer of tensor blk.3.attn_k.weight",
     ),
     "no experts": (
         drop("llama.expert_count"),
-        f"llama.expert_count is missing, expected that of blk.0.ffn_down_exps.weight of shape [4, 256, 512]{HINT}",
+        "llama.expert_count is missing, expected that of blk.0.ffn_down_exps.weight of shape [4, 256, 512]",
     ),
     "0 experts": (put("llama.expert_count", 0), "llama.expert_count is 0, expected that of blk.0.ffn_down_exps.weight"),
     "1 expert": (put("llama.expert_count", 1), "llama.expert_used_count is 2, expected an integer from 1 to 1"),
@@ -73,8 +73,8 @@ CASES: dict[str, tuple[Callable[[Parts], object], str]] = {
         "llama.expert_used_count is 5, expected an integer from 1 to 4",
     ),
     "no experts used": (drop("llama.expert_used_count"), "llama.expert_used_count is missing, expected an integer"),
-    "0 heads": (put("llama.attention.head_count", 0), f"head_count is 0, expected a positive integer{HINT}"),
-    "no heads": (drop("llama.attention.head_count"), f"head_count is missing, expected a positive integer{HINT}"),
+    "0 heads": (put("llama.attention.head_count", 0), "head_count is 0, expected a positive integer"),
+    "no heads": (drop("llama.attention.head_count"), "head_count is missing, expected a positive integer"),
     "more key heads": (
         put("llama.attention.head_count_kv", 8),
         "head_count_kv is 8, expected a divisor of head_count, 4",
@@ -99,7 +99,7 @@ CASES: dict[str, tuple[Callable[[Parts], object], str]] = {
     **{
         f"epsilon {value}": (
             put("llama.attention.layer_norm_rms_epsilon", value, F32),
-            f"llama.attention.layer_norm_rms_epsilon is {value}, expected a positive number",
+            f"llama.attention.layer_norm_rms_epsilon is {value}, expected a positive number{HINT}",
         )
         for value in (0.0, math.nan, math.inf, -1.0)
     },
