@@ -206,8 +206,8 @@ def map_gguf(model: GgufModel, experts: int) -> list[MappedTensor]:
 
 
 def _mapped(name: str, shape: tuple[int, ...], sources: list[SourceTensor]) -> MappedTensor:
-    """One slab a matrix: a slab an expert, whether the source stacks them or not."""
-    rows = shape[-2] if len(shape) > 1 else 1
+    """A slab an expert, whether the source stacks them or not; else one for the whole tensor."""
+    rows = shape[-2] if name.endswith("_exps.weight") and len(shape) > 1 else math.prod(shape[:-1])
     slabs = [Slab(source, first, rows) for source in sources for first in range(0, math.prod(source.shape[:-1]), rows)]
     rank = next((len(shape) - i for i, n in enumerate(shape) if n > 1), 1)
     role = KEPT if is_kept(name, rank) else role_of(name)
@@ -227,9 +227,9 @@ def _check_stacks(model: GgufModel, stacks: dict[tuple[str, str], dict[int, Sour
             if surplus := sorted(expert for expert in stack if expert >= experts):
                 name = f"{prefix}{kind}.{surplus[0]}.weight"
                 _fail(model.path, f"tensor {name} is of expert {surplus[0]}, but expert_count is {experts}")
+            first = next(iter(stack.values()), None)
             for tensor in stack.values():
-                if len(tensor.shape) != 2 or tensor.shape != next(iter(stack.values())).shape:
-                    first = next(iter(stack.values()))
+                if len(tensor.shape) != 2 or tensor.shape != first.shape:
                     found = f"{list(tensor.shape)}, expected that of {first.name}, {list(first.shape)}"
                     _fail(tensor.file, f"tensor {tensor.name} has shape {found}")
     if absent:

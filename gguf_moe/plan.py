@@ -48,7 +48,7 @@ class Plan:
     header: bytes = field(repr=False)
     default_name: str
     warnings: tuple[str, ...]
-    inputs: tuple[Path, ...]  # never to be written to
+    inputs: tuple[Path, ...] = ()  # GGUF files that are read, so never to be written to
 
     @cached_property
     def data_bytes(self) -> int:
@@ -119,7 +119,6 @@ def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: 
         header,
         _default_name(keys, file_type, None),
         (*vocabulary.notes, *_fallback_warning(tensors)),
-        tuple(checkpoint.files),
     )
 
 
