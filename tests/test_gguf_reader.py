@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import tracemalloc
-from contextlib import suppress
 from pathlib import Path
 
 import gguf
@@ -221,25 +220,6 @@ def test_no_truncation_is_taken_for_a_file(cut: int, tmp_path: Path) -> None:
     path.write_bytes(whole[:cut])
     with pytest.raises(GgufMoeError, match=PREFIX):
         read_gguf(path)
-
-
-def test_no_changed_byte_ends_in_another_error(tmp_path: Path) -> None:
-    """Every byte of a header that holds a bit of everything, changed in four ways."""
-    whole = container(
-        [
-            ARCHITECTURE,
-            key("a", ARRAY, array(STRING, 2, text("b") + text("cd"))),
-            key("e", ARRAY, array(U32, 1, u32(7))),
-        ],
-        [info("x", (4, 2)), info("y", (32,), 8, 32)],
-        bytes(66),
-    )
-    path = tmp_path / "x.gguf"
-    for at in range(len(whole) - 66):
-        for value in (0, 1, 0x7F, 0xFF):
-            path.write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
-            with suppress(GgufMoeError):
-                read_gguf(path)
 
 
 TOLERATED: dict[str, bytes] = {
