@@ -66,6 +66,12 @@ class GgufModel:
         """The file, or the first shard."""
         return self.files[0].path
 
+    @property
+    def stem(self) -> str:
+        """The file's name without suffix, shard number and file type."""
+        name = match[1] if (match := _SHARD.fullmatch(self.path.name)) else self.path.stem
+        return re.sub(rf"[-.]{re.escape(self.kept_file_type.name)}$", "", name, flags=re.IGNORECASE)
+
     @cached_property
     def keys(self) -> dict[str, gguf.GGUFValue]:
         """The model's keys, without those of the container: shards, alignment (files are written with 32)."""

@@ -144,7 +144,7 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> 
         keys,
         tensors,
         encode_header(keys, [t.info for t in tensors]),
-        _default_name(keys, file_type, model.path.stem),
+        _default_name(keys, file_type, model.stem),
         tuple(_fallback_warning(tensors)),
         tuple(file.path for file in model.files),
     )

@@ -112,10 +112,12 @@ def test_without_a_name_the_default_is_the_files(run, made, tmp_path: Path) -> N
         for name in [name for name in parts.keys if name.startswith("general.") and name != "general.architecture"]:
             del parts.keys[name]
 
-    source = changed(made("spm", "BF16"), tmp_path / "old model.gguf", nameless)
-    result = run("convert", source, "--bits", 2)
-    assert result.exit_code == 0, result.stderr
+    source = changed(made("spm", "BF16"), tmp_path / "old model.bf16.gguf", nameless)
+    assert run("convert", source, "--bits", 2).exit_code == 0
     assert (tmp_path / "old-model-Q2_K.gguf").is_file()
+    first = sharded(source, tmp_path / "in", 2)[0]
+    assert run("convert", first, "--bits", 2).exit_code == 0
+    assert (tmp_path / "in" / "model-Q2_K.gguf").is_file()
 
 
 # Keys that the gguf package writes and llama.cpp's quantizer copies: all kinds, empty ones, NULs.
