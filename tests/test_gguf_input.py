@@ -301,6 +301,24 @@ def test_split_experts_are_stacked_without_loss(source: str, run, made, tmp_path
         assert np.isfinite(model.logits([1, 400, 500])).all()
 
 
+def test_an_f16_router_stays_one(run, made, tmp_path: Path) -> None:
+    """As the converter of early 2024 left it; llama.cpp's quantizer keeps it, and llama.cpp runs it."""
+
+    def half(parts: Parts) -> None:
+        for name, (kind, shape, data) in parts.tensors.items():
+            if "ffn_gate_inp" in name:
+                assert kind == "F32"
+                parts.tensors[name] = ("F16", shape, np.frombuffer(data, np.float32).astype(np.float16).tobytes())
+
+    new = changed(made("spm", "F16"), tmp_path / "new.gguf", half)
+    old = changed(new, tmp_path / "old.gguf", split_experts)
+    want = quantize(new, tmp_path / "want.gguf", "Q6_K")
+    assert convert(run, old, tmp_path / "out.gguf", "--quant", "Q6_K") == want
+    assert load(tmp_path / "out.gguf").tensors["blk.1.ffn_gate_inp.weight"][0] == "F16"
+    with Llama(tmp_path / "out.gguf") as model:
+        assert np.isfinite(model.logits([1, 400, 500])).all()
+
+
 def test_split_experts_are_quantized_as_stacks(run, made, tmp_path: Path) -> None:
     old = changed(made("spm", "BF16"), tmp_path / "old.gguf", split_experts)
     assert convert(run, old, tmp_path / "out.gguf", "--quant", "Q4_K_M") == made("spm", "Q4_K_M").read_bytes()
