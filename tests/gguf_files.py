@@ -92,3 +92,19 @@ def changed(source: Path, target: Path, change: Callable[[Parts], object]) -> Pa
     parts = load(source)
     change(parts)
     return parts.save(target)
+
+
+def sharded(source: Path, directory: Path, count: int) -> list[Path]:
+    """Shards as llama.cpp's converter leaves them: all keys in the first, an even number of tensors in each."""
+    parts = load(source)
+    names = list(parts.tensors)
+    directory.mkdir()
+    paths = []
+    for i in range(count):
+        held = names[len(names) * i // count : len(names) * (i + 1) // count]
+        shard = Parts(dict(parts.keys) if i == 0 else {}, {name: parts.tensors[name] for name in held})
+        shard.set("split.no", i, gguf.GGUFValueType.UINT16)
+        shard.set("split.count", count, gguf.GGUFValueType.UINT16)
+        shard.set("split.tensors.count", len(names), gguf.GGUFValueType.INT32)
+        paths.append(shard.save(directory / f"model-{i + 1:05d}-of-{count:05d}.gguf"))
+    return paths
