@@ -31,15 +31,32 @@ SOURCE_DTYPES: dict[str, tuple[np.dtype, str | None]] = {
 }
 
 
+def map_file(path: Path, dtype: np.dtype, offset: int, shape: tuple[int, ...]) -> np.ndarray:
+    """A read-only mapped part of a file, of which the size was checked when it was opened.
+
+    Raises GgufMoeError when the file has become shorter since: reading beyond its end would kill the process.
+    """
+    try:
+        return np.memmap(path, dtype, mode="r", offset=offset, shape=shape)
+    except (OSError, ValueError) as error:
+        raise GgufMoeError(f"{path}: changed since it was opened: {error}") from None
+
+
 @dataclass(frozen=True)
 class SourceTensor:
-    """One tensor of a safetensors file: its place, not its data."""
+    """One tensor of a safetensors or GGUF file: its place, not its data."""
 
     name: str
-    dtype: str
+    dtype: str  # of the rows that `matrix` gives
     shape: tuple[int, ...]
     file: Path
     offset: int  # in bytes, from the start of the file
+    stored: str | None = None  # a GGUF file's type of blocks, where rows have to be decoded
+
+    @property
+    def type(self) -> str:
+        """The type that the file has it in."""
+        return self.stored or self.dtype
 
     @property
     def columns(self) -> int:
@@ -50,7 +67,7 @@ class SourceTensor:
         """The tensor as a read-only mapped matrix [rows, columns] of its file's dtype (bfloat16 as uint16 bits)."""
         dtype, _ = SOURCE_DTYPES[self.dtype]
         rows = math.prod(self.shape[:-1])
-        return np.memmap(self.file, dtype, mode="r", offset=self.offset, shape=(rows, self.columns))
+        return map_file(self.file, dtype, self.offset, (rows, self.columns))
 
 
 @dataclass(frozen=True)

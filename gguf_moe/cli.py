@@ -22,7 +22,8 @@ from gguf_moe.convert import Progress, check_target
 from gguf_moe.convert import convert as run_plan
 from gguf_moe.duplicates import find_duplicates
 from gguf_moe.errors import GgufMoeError, UsageError
-from gguf_moe.gguf_file import read_gguf
+from gguf_moe.gguf_reader import read_gguf
+from gguf_moe.gguf_source import open_gguf
 from gguf_moe.plan import make_plan
 from gguf_moe.recipe import BITS, FileType, find_file_type
 from gguf_moe.recipe_file import RecipeFile, read_recipe
@@ -75,7 +76,9 @@ def _request_options(command: Callable) -> Callable:
         click.option("--metadata", type=click.Path(path_type=Path), help="JSON file of general.* keys."),
         click.option("--name", help="general.name, and the default file name's first part."),
         click.option("--size-label", metavar="LABEL", help="general.size_label, as 4x7B."),
-        click.option("--allow-requantize", is_flag=True, help="Take a GGUF whose tensors are quantized already."),
+        click.option(
+            "--allow-requantize", is_flag=True, help="Decode and quantize anew what is quantized in a GGUF MODEL."
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -98,16 +101,16 @@ def _as_request(
 
 
 @cli.command()
-@click.argument("model_dir", type=click.Path(path_type=Path))
+@click.argument("model", type=click.Path(path_type=Path))
 @click.option("--bits", type=click.Choice([str(b) for b in BITS]), help="Bits a weight; short for a usual --quant.")
 @click.option("--quant", "quant_name", metavar="NAME", help="A file type of llama.cpp, as Q4_K_M or BF16, in any case.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or directory; by default beside MODEL_DIR.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or directory; by default beside MODEL.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, tensor by tensor, and write nothing.")
 @_request_options
 def convert(
-    model_dir: Path,
+    model: Path,
     bits: str | None,
     quant_name: str | None,
     output: Path | None,
@@ -117,12 +120,16 @@ def convert(
     recipe: Path | None,
     **asked: Any,
 ) -> None:
-    """Convert the merge in MODEL_DIR (config.json, tokenizer, safetensors) to one GGUF file."""
+    """Convert MODEL to one GGUF file: the directory of a merge (config.json, tokenizer, safetensors), or a GGUF file,
+    the first shard if there are several. A GGUF file keeps its tensors' types unless --bits or --quant is given."""
     asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
-    file_type = _asked_file_type(bits, quant_name, asked_recipe.file_type)
-    request = _as_request(asked_recipe, **asked)
-    plan = make_plan(open_checkpoint(model_dir), file_type, request)
-    target = output or (model_dir if model_dir.name not in ("", "..") else model_dir.resolve()).parent
+    is_gguf = model.is_file() or (model.suffix == ".gguf" and not model.is_dir())
+    file_type = asked_recipe.file_type
+    if not (is_gguf and bits is quant_name is file_type is None):
+        file_type = _asked_file_type(bits, quant_name, file_type)
+    source = open_gguf(model) if is_gguf else open_checkpoint(model)
+    plan = make_plan(source, file_type, _as_request(asked_recipe, **asked))
+    target = output or (model if model.name not in ("", "..") else model.resolve()).parent
     if target.is_dir():
         target = target / plan.default_name
     for warning in plan.warnings:
@@ -167,7 +174,7 @@ def _progress(total: int) -> Iterator[Callable[[Progress], None]]:
         with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
 
             def advance(progress: Progress) -> None:
-                bar.set_postfix_str(progress.tensor, refresh=False)
+                bar.set_postfix_str(report.printable(progress.tensor), refresh=False)
                 bar.update(progress.done - bar.n)
 
             yield advance
@@ -178,7 +185,7 @@ def _progress(total: int) -> Iterator[Callable[[Progress], None]]:
         nonlocal shown
         if (step := PLAIN_STEPS * progress.done // progress.total) > shown:
             shown = step
-            click.echo(f"{100 * step // PLAIN_STEPS} % written, at {progress.tensor}", err=True)
+            click.echo(f"{100 * step // PLAIN_STEPS} % written, at {report.printable(progress.tensor)}", err=True)
 
     yield line
 

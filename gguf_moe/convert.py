@@ -49,12 +49,7 @@ class _Piece:
     @property
     def nbytes(self) -> int:
         """Bytes of these rows in the file."""
-        return (self.stop - self.start) * self.row_bytes
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row in the file."""
-        return quant.FORMATS[self.tensor.info.type].row_bytes(self.tensor.mapped.shape[-1])
+        return (self.stop - self.start) * self.tensor.row_bytes
 
 
 def convert(
@@ -94,7 +89,7 @@ def _reread(file: BinaryIO, data_start: int, piece: _Piece) -> bytes:
     """The bytes of the twin of a piece: it stands earlier in the file, so they are written."""
     assert piece.twin is not None
     here = file.tell()
-    file.seek(data_start + piece.twin.offset + piece.start * piece.row_bytes)
+    file.seek(data_start + piece.twin.offset + piece.start * piece.tensor.row_bytes)
     data = file.read(piece.nbytes)
     file.seek(here)
     return data
@@ -130,6 +125,8 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
     """Refuse a target that must not or cannot be written."""
     if not path.parent.is_dir():
         raise GgufMoeError(f"{path}: directory {path.parent} does not exist")
+    if path.exists() and any(path.samefile(source) for source in plan.inputs):
+        raise GgufMoeError(f"{path}: is the input itself; name another file with --output")
     if path.exists() and not path.is_file():
         raise GgufMoeError(f"{path}: is no regular file, expected a file name")
     if path.exists() and not force:
@@ -146,11 +143,25 @@ def _encode(piece: _Piece) -> np.ndarray | None:
     if piece.twin and same_rows(piece.slab, piece.twin.slab, piece.start, piece.stop):
         return None
     slab, kind = piece.slab, piece.tensor.info.type
+    if slab.source.stored == kind:
+        return _copy(piece)
     rows = slab.read(slab.source.matrix(), piece.start, piece.stop)
     _check_finite(rows, slab, piece.start)
     encoded = quant.quantize(rows, kind, dtype=SOURCE_DTYPES[slab.source.dtype][1])
     _check_scales(encoded, piece.tensor, slab, piece.start)
     return encoded
+
+
+def _copy(piece: _Piece) -> np.ndarray:
+    """The rows of a piece as its GGUF file has them: uint8 [rows, row bytes]. Refuses damaged scales."""
+    slab, kind = piece.slab, piece.tensor.info.type
+    rows = slab.read(slab.source.raw(), piece.start, piece.stop)
+    block = quant.first_nonfinite_scale(rows, kind) if kind in quant.FORMATS else None
+    if block is not None:
+        row, column = divmod(block * quant.FORMATS[kind].block_length, piece.tensor.mapped.shape[-1])
+        index = _index(slab.source, slab.source_row(piece.start + row), column)
+        raise GgufMoeError(f"{_where(slab.source)}: the scales of the block at {index} are not finite; it is damaged")
+    return rows
 
 
 def _check_finite(rows: np.ndarray, slab: Slab, start: int) -> None:

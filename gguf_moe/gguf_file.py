@@ -1,4 +1,4 @@
-"""GGUF containers: the header of a planned file, reading back, publishing whole files only."""
+"""GGUF containers: the header of a planned file, publishing whole files only. Reading is in `gguf_reader`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +14,9 @@ import gguf
 import numpy as np
 
 from gguf_moe.errors import GgufMoeError
+from gguf_moe.gguf_reader import TENSOR_TYPES, GgufFile, StoredArray, TensorInfo, read_gguf
+
+__all__ = ["ALIGNMENT", "GgufFile", "TensorInfo", "encode_header", "padded", "publish", "read_gguf"]
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 
@@ -24,15 +26,13 @@ def padded(nbytes: int) -> int:
     return gguf.GGUFWriter.ggml_pad(nbytes, ALIGNMENT)
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor in a GGUF file. `shape` is row-major, `offset` in bytes from the start of the tensor data."""
+class _Writer(gguf.GGUFWriter):
+    """The gguf package's writer, which puts arrays that were read from a file back as they stood there."""
 
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    nbytes: int
-    offset: int
+    def _pack_val(self, val: Any, vtype: gguf.GGUFValueType, add_vtype: bool, sub_type: Any = None) -> bytes:
+        if isinstance(val, StoredArray):
+            return self._pack("I", vtype) + val.packed
+        return super()._pack_val(val, vtype, add_vtype, sub_type)
 
 
 def encode_header(keys: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> bytes:
@@ -40,10 +40,10 @@ def encode_header(keys: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> byt
 
     keys: `gguf.GGUFValue` by key, in order.
     """
-    writer = gguf.GGUFWriter(None, arch="")
+    writer = _Writer(None, arch="")
     writer.kv_data = [dict(keys)]
     for tensor in tensors:
-        kind = gguf.GGMLQuantizationType[tensor.type]
+        kind: Any = TENSOR_TYPES[tensor.type].id
         writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, raw_dtype=kind)
     # Hand the writer an open "file", so that the plan knows the header's bytes without touching the disk.
     buffer = io.BytesIO()
@@ -101,36 +101,3 @@ def _sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@dataclass(frozen=True)
-class GgufFile:
-    """What a GGUF file says of itself: keys and tensors, no data."""
-
-    path: Path
-    size: int
-    keys: dict[str, Any]
-    tensors: tuple[TensorInfo, ...]
-
-
-def read_gguf(path: Path) -> GgufFile:
-    """Header of a GGUF file, by the gguf package; GgufMoeError when it is none, or its tensors end after the file."""
-    try:
-        size = path.stat().st_size
-        if size == 0:
-            raise ValueError("the file is empty")
-        reader = gguf.GGUFReader(path)
-        keys = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("GGUF.")}
-        tensors = tuple(
-            TensorInfo(
-                name=t.name,
-                type=t.tensor_type.name,
-                shape=tuple(int(n) for n in reversed(t.shape)),
-                nbytes=int(t.n_bytes),
-                offset=int(t.data_offset) - int(reader.data_offset),
-            )
-            for t in reader.tensors
-        )
-    except (OSError, ValueError, KeyError, IndexError, OverflowError, MemoryError, RecursionError) as error:
-        raise GgufMoeError(f"{path}: not a readable GGUF file: {error}") from None
-    return GgufFile(path, size, keys, tensors)

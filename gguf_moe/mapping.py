@@ -199,13 +199,17 @@ def _check_complete(parts: list[_Part], architecture: Architecture, facts: Model
         names = [template.source.format(layer=layer, expert=expert) for layer in layers for expert in experts]
         absent += [name for name in names if name not in counts]
     if absent:
-        absent.sort()
-        listed = ", ".join(absent[:LISTED_NAMES])
-        more = f" and {len(absent) - LISTED_NAMES} more" if len(absent) > LISTED_NAMES else ""
         raise GgufMoeError(
-            f"{checkpoint.directory}: {len(absent)} tensors are absent: {listed}{more} (config.json says "
+            f"{checkpoint.directory}: {absent_text(absent)} (config.json says "
             f"{facts.layers} layers of {facts.experts} experts)"
         )
+
+
+def absent_text(names: list[str]) -> str:
+    """How an error tells of absent tensors: their number and the first of them."""
+    listed = ", ".join(sorted(names)[:LISTED_NAMES])
+    more = f" and {len(names) - LISTED_NAMES} more" if len(names) > LISTED_NAMES else ""
+    return f"{len(names)} tensors are absent: {listed}{more}"
 
 
 def _check_one_layout(checkpoint: Checkpoint, architecture: Architecture) -> None:

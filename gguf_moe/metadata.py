@@ -45,9 +45,7 @@ def read_metadata(directory: Path, mapped: list[MappedTensor], request: Request)
 
     Raises GgufMoeError for a card or generation_config.json that cannot be read, UsageError for a wrong --metadata.
     """
-    for option, value in (("name", request.name), ("size-label", request.size_label)):
-        if value is not None and not value.strip():
-            raise UsageError(f"--{option} is empty")
+    check_asked(request)
     asked = _read_override(request.metadata) if request.metadata else {}
     total = sum(tensor.elements for tensor in mapped)
     try:
@@ -67,6 +65,13 @@ def read_metadata(directory: Path, mapped: list[MappedTensor], request: Request)
     elif metadata.size_label is None:
         metadata.size_label = computed_size_label(mapped)
     return metadata, warnings
+
+
+def check_asked(request: Request) -> None:
+    """Refuse an empty name or size label."""
+    for option, value in (("name", request.name), ("size-label", request.size_label)):
+        if value is not None and not value.strip():
+            raise UsageError(f"--{option} is empty")
 
 
 def computed_size_label(mapped: list[MappedTensor]) -> str:

@@ -16,12 +16,23 @@ import gguf
 from gguf_moe import mapping
 from gguf_moe.arch import Architecture, ModelFacts, find_architecture
 from gguf_moe.checkpoint import Checkpoint
-from gguf_moe.errors import GgufMoeError
+from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.gguf_file import TensorInfo, encode_header, padded
-from gguf_moe.metadata import add_metadata, read_metadata
+from gguf_moe.gguf_keys import (
+    ModelKeys,
+    check_vocabulary,
+    converted_keys,
+    cut_at_nul,
+    expert_count,
+    recipe_facts,
+    with_asked,
+)
+from gguf_moe.gguf_reader import TENSOR_TYPES
+from gguf_moe.gguf_source import GgufModel, map_gguf
+from gguf_moe.metadata import add_metadata, check_asked, read_metadata
 from gguf_moe.naming import default_file_name
 from gguf_moe.overrides import apply_overrides
-from gguf_moe.recipe import Choice, FileType, RecipeFacts
+from gguf_moe.recipe import KEPT, Choice, FileType, RecipeFacts, quantizer_order
 from gguf_moe.request import Request
 from gguf_moe.rules import Chooser
 from gguf_moe.tokenizer import Vocabulary, read_vocabulary
@@ -36,12 +47,17 @@ class TensorPlan:
     choice: Choice
     info: TensorInfo
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row in the file."""
+        return TENSOR_TYPES[self.info.type].row_bytes(self.mapped.shape[-1])
+
 
 @dataclass(frozen=True)
 class Plan:
     """Everything about one output file. Made without reading a weight."""
 
-    directory: Path
+    directory: Path  # of the checkpoint, or the GGUF file
     file_type: FileType
     keys: dict[str, Any] = field(repr=False)
     tensors: tuple[TensorPlan, ...] = field(repr=False)
@@ -49,6 +65,7 @@ class Plan:
     default_name: str
     warnings: tuple[str, ...]
     overridden: tuple[str, ...] = ()  # keys that the user set
+    inputs: tuple[Path, ...] = ()  # GGUF files that are read, so never to be written to
 
     @cached_property
     def data_bytes(self) -> int:
@@ -76,25 +93,38 @@ class Plan:
         return dict(Counter(t.info.type for t in self.tensors).most_common())
 
 
-def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | None = None) -> Plan:
-    """Plan the conversion of a checkpoint to one file type.
+def make_plan(
+    source: Checkpoint | GgufModel, file_type: FileType | None = None, request: Request | None = None
+) -> Plan:
+    """Plan the conversion of a checkpoint, or of a GGUF file, to one file type. Without one, the tensors of a GGUF file
+    keep their types.
 
-    Raises GgufMoeError for anything about the checkpoint that would not give a working file.
+    Raises GgufMoeError for anything about the source that would not give a working file.
     """
     request = request or Request()
+    if isinstance(source, GgufModel):
+        return _plan_from_gguf(source, file_type or source.kept_file_type, request)
+    if file_type is None:
+        raise UsageError(f"{source.directory}: a checkpoint needs a file type: give --bits or --quant")
+    return _plan_from_checkpoint(source, file_type, request)
+
+
+def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: Request) -> Plan:
     architecture = find_architecture(checkpoint.config)
     facts = architecture.facts(checkpoint.config)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
     vocabulary = read_vocabulary(
         checkpoint.directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template
     )
-    by_quantizer = file_type.quantized or request.rules.retype or bool(request.override_kv)
-    if by_quantizer:
-        mapped.sort(key=_quantizer_order)
-    tensors, rule_warnings = _place(mapped, file_type, facts, request)
+    by_quantizer = _by_quantizer(file_type, request)
+    tied = not any(tensor.role == "output" for tensor in mapped)
+    recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied)
+    tensors, rule_warnings = _place(mapped, file_type, recipe_facts, request)
     metadata, metadata_warnings = read_metadata(checkpoint.directory, mapped, request)
     try:
         keys = _keys(architecture, facts, vocabulary, metadata, file_type, by_quantizer)
+        if by_quantizer:
+            keys = {key: cut_at_nul(value) for key, value in keys.items()}
         keys, key_warnings = apply_overrides(keys, request.override_kv, architecture.name, facts.vocabulary)
         header = encode_header(keys, [t.info for t in tensors])
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error) as error:
@@ -109,44 +139,98 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | No
         header,
         _default_name(keys, mapped, request, file_type),
         (*vocabulary.notes, *metadata_warnings, *key_warnings, *rule_warnings),
-        tuple(text.partition("=")[0] for text in request.override_kv),
+        _overridden(request),
     )
 
 
+def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> Plan:
+    asked = {"--pre": request.pre, "--chat-template": request.chat_template, "--metadata": request.metadata}
+    for option, value in asked.items():
+        if value is not None:
+            raise UsageError(f"{option} is for checkpoints; --override-kv sets the keys of a GGUF file")
+    if file_type.default == KEPT and (request.rules.retype or request.rules.pure):
+        raise UsageError("options for types need --bits or --quant; without, a GGUF file keeps its tensors' types")
+    check_asked(request)
+    keys = converted_keys(model.keys, file_type, _by_quantizer(file_type, request))
+    keys = with_asked(model.path, keys, request.name, request.size_label, request.experts_used)
+    model_keys = ModelKeys(model.path, keys)
+    tokens = model_keys.value(gguf.Keys.Tokenizer.LIST)
+    vocabulary = len(tokens) if model_keys.is_array(gguf.Keys.Tokenizer.LIST) else 0
+    keys, key_warnings = apply_overrides(keys, request.override_kv, model_keys.architecture, vocabulary)
+    model_keys = ModelKeys(model.path, keys)
+    experts = expert_count(model_keys)
+    mapped = map_gguf(model, experts)
+    facts = recipe_facts(model_keys, mapped, experts)
+    check_vocabulary(model_keys, mapped)
+    if facts.architecture == "falcon" and file_type.quantized and file_type.default != KEPT:
+        raise GgufMoeError(f"{model.path}: llama.cpp has types of its own for falcon, which gguf-moe does not know")
+    tensors, rule_warnings = _place(mapped, file_type, facts, request, keep=True)
+    _check_decoding(tensors, request)
+    return Plan(
+        model.path,
+        file_type,
+        keys,
+        tensors,
+        encode_header(keys, [t.info for t in tensors]),
+        _default_name(keys, mapped, request, file_type, model.stem),
+        (*key_warnings, *rule_warnings),
+        _overridden(request),
+        tuple(file.path for file in model.files),
+    )
+
+
+def _by_quantizer(file_type: FileType, request: Request) -> bool:
+    """Whether llama.cpp would need its quantizer, with its order of keys and tensors, for what is asked."""
+    return file_type.quantized or request.rules.retype or bool(request.override_kv)
+
+
+def _overridden(request: Request) -> tuple[str, ...]:
+    return tuple(text.partition("=")[0] for text in request.override_kv)
+
+
 def _default_name(
-    keys: dict[str, Any], mapped: list[mapping.MappedTensor], request: Request, file_type: FileType
+    keys: dict[str, Any],
+    mapped: list[mapping.MappedTensor],
+    request: Request,
+    file_type: FileType,
+    stem: str | None = None,
 ) -> str:
-    """By the naming convention; a name that the user gave is taken apart as a directory's is."""
+    """By the naming convention; a name that the user gave is taken apart as a directory's is. `stem` where the keys
+    hold no name."""
     general = gguf.Keys.General
     parts = (general.NAME, general.BASENAME, general.FINETUNE, general.VERSION, general.SIZE_LABEL)
-    name, base, finetune, version, size = (keys[key].value if key in keys else None for key in parts)
+    texts = [keys[key].value if key in keys and isinstance(keys[key].value, str) else None for key in parts]
+    name, base, finetune, version, size = texts
     if request.name:
         given = re.sub(r"[\s/]+", "-", request.name.strip())
         total = sum(tensor.elements for tensor in mapped)
         name, _, base, finetune, version, own = gguf.Metadata.get_model_id_components(given, total)
         size = size if request.size_label else own or size
-    return default_file_name(name, base, finetune, version, size, file_type.name)
-
-
-def _quantizer_order(tensor: mapping.MappedTensor) -> tuple[int, bytes]:
-    """llama.cpp's quantizer writes what belongs to no layer first, then layer by layer, each by name."""
-    return (-1 if tensor.layer is None else tensor.layer, tensor.name.encode())
+    return default_file_name(name or stem, base, finetune, version, size, file_type.name)
 
 
 def _place(
-    mapped: list[mapping.MappedTensor], file_type: FileType, facts: ModelFacts, request: Request
+    mapped: list[mapping.MappedTensor], file_type: FileType, facts: RecipeFacts, request: Request, *, keep: bool = False
 ) -> tuple[tuple[TensorPlan, ...], list[str]]:
-    """Type, bytes and offset of every tensor; and what is to be said of the rules that chose the types."""
-    tied = not any(tensor.role == "output" for tensor in mapped)
-    recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied)
-    chooser = Chooser(file_type, recipe_facts, request.rules)
+    """Order, type, bytes and offset of every tensor; and what is to be said of the rules that chose the types.
+
+    keep: what the quantizer does not touch keeps its source's type, instead of being F32.
+    """
+    by_quantizer = _by_quantizer(file_type, request)
+    if by_quantizer:
+        mapped.sort(key=lambda tensor: quantizer_order(tensor.name))
+    chooser = Chooser(file_type, facts, request.rules, keep=keep)
     tensors = []
     offset = 0
     for tensor in mapped:
-        columns = tensor.shape[-1]
-        choice = chooser.choose(tensor.name, tensor.role, tensor.layer, columns, tensor.slabs[0].source.dtype)
-        nbytes = tensor.elements // columns * FORMATS[choice.type].row_bytes(columns)
-        tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, tensor.shape, nbytes, offset)))
+        columns, shape = tensor.shape[-1], tensor.shape
+        choice = chooser.choose(tensor.name, tensor.role, tensor.layer, columns, tensor.slabs[0].source.type)
+        if file_type.default == KEPT:
+            _check_one_type(tensor)
+        while by_quantizer and len(shape) > 1 and shape[0] == 1:  # the quantizer writes no outer 1s
+            shape = shape[1:]
+        nbytes = tensor.elements // columns * TENSOR_TYPES[choice.type].row_bytes(columns)
+        tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, shape, nbytes, offset)))
         offset += padded(nbytes)
     warnings = chooser.check()
     if request.strict:
@@ -163,6 +247,32 @@ def _refuse_fallbacks(tensors: Sequence[TensorPlan]) -> None:
             f"--strict: {first.info.name}{more} has rows of {first.info.shape[-1]} weights, which {wanted}'s block of "
             f"{block} does not divide; it would fall back to {first.choice.type}"
         )
+
+
+def _check_one_type(tensor: mapping.MappedTensor) -> None:
+    """Refuse to keep the types of experts that are to be one tensor where they differ."""
+    types = sorted({slab.source.type for slab in tensor.slabs})
+    if len(types) > 1:
+        raise GgufMoeError(
+            f"{tensor.slabs[0].source.file}: the experts of {tensor.name} are {' and '.join(types)}; give --bits or "
+            "--quant to make them one type"
+        )
+
+
+def _check_decoding(tensors: tuple[TensorPlan, ...], request: Request) -> None:
+    """Refuse to decode what is in blocks already, unless asked for, and what cannot be decoded."""
+    for tensor in tensors:
+        for source in (slab.source for slab in tensor.mapped.slabs):
+            if source.stored in (None, tensor.info.type):
+                continue
+            where = f"{source.file}: tensor {source.name} is {source.stored}"
+            if source.stored not in FORMATS:
+                raise GgufMoeError(f"{where}, which gguf-moe cannot decode to {tensor.info.type}; convert the original")
+            if not request.allow_requantize:
+                raise GgufMoeError(
+                    f"{where}, so quantized already; as {tensor.info.type} it would be worse than from the original: "
+                    "convert that, or give --allow-requantize"
+                )
 
 
 def _keys(
@@ -197,7 +307,7 @@ def _fallback_warning(tensors: Sequence[TensorPlan]) -> list[str]:
     if not fallen:
         return []
     elements = sum(t.mapped.elements for t in tensors)
-    nominal = sum(t.mapped.elements * FORMATS[t.choice.wanted].bits_per_weight for t in tensors) / elements
+    nominal = sum(t.mapped.elements * TENSOR_TYPES[t.choice.wanted].bits_per_weight for t in tensors) / elements
     effective = 8 * sum(t.info.nbytes for t in tensors) / elements
     changes = Counter(f"{t.choice.wanted} to {t.choice.type}" for t in fallen)
     listed = ", ".join(f"{change} ({count})" for change, count in changes.items())

@@ -1,11 +1,12 @@
 """Which type each tensor gets: llama.cpp's file types as tables and one pure function.
 
-The rules are those of `llama_tensor_get_type` in llama.cpp's quantizer, for the llama architecture and without
+The rules are those of `llama_tensor_get_type` in llama.cpp's quantizer, for all architectures but falcon, and without
 an importance matrix.
 """
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import gguf
@@ -61,8 +62,9 @@ FILE_TYPES: dict[str, FileType] = {
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "Q8_0", 16: "BF16"}
 
-# Tensors of these roles stay F32, whatever the file type.
-FIXED_ROLES = ("norm", "router")
+KEPT = "kept"  # the role of a tensor that keeps the type that it has; as a file type's default, all do
+# Tensors of these roles stay F32, whatever the file type; from a GGUF file, what they are.
+FIXED_ROLES = ("norm", "router", KEPT)
 
 # Where a row is no multiple of the type's block, the type that llama.cpp takes instead; then F16.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
@@ -70,18 +72,28 @@ FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6
 
 @dataclass(frozen=True)
 class RecipeFacts:
-    """What the rules ask of a model: its layers, experts and grouped-query ratio, and whether embeddings are tied."""
+    """What the rules ask of a model: its layers, experts and heads (of the first layer), whether embeddings are tied,
+    its architecture, and how many attn_v tensors it has where that is not one a layer."""
 
     layers: int
     experts: int
     heads: int
     kv_heads: int
     tied: bool
+    architecture: str = "llama"
+    attn_v: int | None = None
 
     @property
     def seventy(self) -> bool:
-        """The shape of a 70B Llama, whose few attn_v heads llama.cpp gives more bits."""
-        return self.experts != 8 and self.layers == 80 and self.heads != self.kv_heads
+        """The shape of a 70B model, whose few attn_v heads llama.cpp gives more bits (its LLM_TYPE_70B)."""
+        if self.architecture in ("llama", "llama-embed"):
+            return self.experts != 8 and self.layers == 80 and self.heads != self.kv_heads
+        return self.layers == {"qwen2": 80, "qwen2vl": 80, "deci": 80, "jais2": 68}.get(self.architecture)
+
+    @property
+    def grouped(self) -> bool:
+        """Whether four query heads or more share a key head."""
+        return self.kv_heads > 0 and self.heads // self.kv_heads >= 4
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,57 @@ class Choice:
     def fell_back(self) -> bool:
         """Whether `type` is a replacement."""
         return self.type != self.wanted
+
+
+# What llama.cpp's quantizer never touches although it is a matrix: parts of names (`tensor_allows_quantization`).
+_KEPT_PARTS = (
+    "_norm.weight",
+    *("ffn_gate_inp.weight", "ffn_gate_tid2eid.weight", "altup", "laurel", "per_layer_model_proj"),
+    *("ssm_conv1d", "shortconv.conv.weight", "indexer.k_proj.weight", "indexer.q_proj.weight", "attn_rel_b.weight"),
+    *("time_mix_first.weight", "time_mix_w0.weight", "time_mix_w1.weight", "time_mix_w2.weight"),
+    *("time_mix_v0.weight", "time_mix_v1.weight", "time_mix_v2.weight"),
+    *("time_mix_a0.weight", "time_mix_a1.weight", "time_mix_a2.weight"),
+    *("time_mix_g1.weight", "time_mix_g2.weight", "time_mix_decay_w1.weight", "time_mix_decay_w2.weight"),
+    *("time_mix_lerp_fused.weight", ".position_embd", "sam.pos_embd", "sam.neck.", "sam.net_", ".rel_pos"),
+    *(".patch_embd", ".patch_merger", "a.rvq.codebook", "mm.a.code_embd"),
+)
+_KEPT_NAMES = ("position_embd.weight", "token_types.weight")
+# Roles by the first part of a name that fits (`tensor_get_category`); all attn_v-like tensors share their rules.
+_ROLE_PARTS = {
+    "attn_qkv.weight": "attn_v",
+    "attn_kv_b.weight": "attn_v",
+    "attn_v.weight": "attn_v",
+    "attn_k.weight": "attn_k",
+    "attn_q.weight": "attn_q",
+    "attn_output.weight": "attn_output",
+    "ffn_up": "ffn_up",
+    "ffn_gate": "ffn_gate",
+    "ffn_down": "ffn_down",
+}
+
+
+def quantizer_order(name: str) -> tuple[int, bytes]:
+    """Sorts GGUF names as llama.cpp's quantizer writes tensors: what belongs to no layer (-1) first, then layer by
+    layer, each by name."""
+    match = re.match(r"blk\.(\d+)", name, re.ASCII)
+    return int(match[1]) if match else -1, name.encode()
+
+
+def role_of(name: str) -> str:
+    """The part that a tensor has in the model by its GGUF name, as llama.cpp's quantizer tells it; or "other"."""
+    if name == "output.weight":
+        return "output"
+    if name in ("token_embd.weight", "per_layer_token_embd.weight"):
+        return "token_embd"
+    return next((role for part, role in _ROLE_PARTS.items() if part in name), "other")
+
+
+def is_kept(name: str, rank: int) -> bool:
+    """Whether llama.cpp's quantizer leaves a tensor in the type that it has: what is no matrix, and some that are.
+    `rank` does not count outer dimensions of 1."""
+    if rank < 2 or not name.endswith("weight"):
+        return True
+    return name in _KEPT_NAMES or any(part in name for part in _KEPT_PARTS)
 
 
 def find_file_type(name: str) -> FileType:
@@ -173,19 +236,19 @@ def _attn_v(file_type: FileType, index: int, facts: RecipeFacts) -> str | None:
     wanted = None
     name = file_type.name
     if name == "Q2_K":
-        wanted = "Q4_K" if facts.heads // facts.kv_heads >= 4 else "Q3_K"
+        wanted = "Q4_K" if facts.grouped else "Q3_K"
     elif name == "Q2_K_S":
-        wanted = "Q4_K" if facts.heads // facts.kv_heads >= 4 else None
+        wanted = "Q4_K" if facts.grouped else None
     elif name == "Q3_K_M":
         wanted = "Q5_K" if index < 2 else "Q4_K"
     elif name == "Q3_K_L":
         wanted = "Q5_K"
     elif name in ("Q4_K_M", "Q5_K_M"):
-        wanted = "Q6_K" if _more_bits(index, facts.layers) else None
+        wanted = "Q6_K" if _more_bits(index, facts.layers if facts.attn_v is None else facts.attn_v) else None
     elif name == "Q4_K_S":
         wanted = "Q5_K" if index < 4 else None
     elif name in ("IQ4_NL", "IQ4_XS"):
-        wanted = "Q5_K" if facts.heads // facts.kv_heads >= 4 else None
+        wanted = "Q5_K" if facts.grouped else None
     if facts.seventy and (wanted or file_type.default) in ("Q3_K", "Q4_K"):
         wanted = "Q5_K"
     return "Q8_0" if facts.experts == 8 else wanted

@@ -10,7 +10,7 @@ from typing import Any
 import gguf
 
 from gguf_moe import naming
-from gguf_moe.gguf_file import GgufFile
+from gguf_moe.gguf_reader import GgufFile, StoredArray
 from gguf_moe.plan import Plan
 from gguf_moe.recipe import Choice
 
@@ -45,7 +45,7 @@ def plan_text(plan: Plan) -> str:
     """The dry run: every tensor, what the file says of itself and what the user set, then the totals."""
     rows: list[Sequence[object]] = [("tensor", "shape", "type", "bytes", "")]
     for t in plan.tensors:
-        rows.append((t.info.name, dimensions(t.info.shape), t.info.type, t.info.nbytes, _why(t.choice)))
+        rows.append((printable(t.info.name), dimensions(t.info.shape), t.info.type, t.info.nbytes, _why(t.choice)))
     keys = [
         (printable(key), _value_text(item.value), "by --override-kv" if key in plan.overridden else "")
         for key, item in plan.keys.items()
@@ -88,8 +88,8 @@ def gguf_facts(file: GgufFile) -> dict[str, Any]:
         "file_type": _file_type_name(file.keys.get(gguf.Keys.General.FILE_TYPE)),
         "weights": weights,
         "bits_per_weight": 8 * nbytes / weights if weights else None,
-        "experts": file.keys.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch=architecture), 0),
-        "experts_used": file.keys.get(gguf.Keys.LLM.EXPERT_USED_COUNT.format(arch=architecture), 0),
+        "experts": _short(file.keys.get(gguf.Keys.LLM.EXPERT_COUNT.format(arch=architecture), 0)),
+        "experts_used": _short(file.keys.get(gguf.Keys.LLM.EXPERT_USED_COUNT.format(arch=architecture), 0)),
         "types": dict(sorted(histogram.items(), key=lambda item: -item[1]["bytes"])),
         "keys": {key: _short(value) for key, value in file.keys.items()},
         "tensors": [
@@ -143,8 +143,12 @@ def _file_type_name(number: Any) -> str:
 
 
 def _short(value: Any) -> Any:
-    if isinstance(value, list) and len(value) > 4 * SHOWN_ELEMENTS:
-        return {"length": len(value), "first": value[:SHOWN_ELEMENTS]}
+    """A key's value for JSON: long arrays by their length, bytes that are no text escaped."""
+    if isinstance(value, bytes):
+        return value.decode(errors="backslashreplace")
+    if isinstance(value, StoredArray):
+        first = [_short(element) for element in value[: 4 * SHOWN_ELEMENTS]]
+        return first if len(value) <= len(first) else {"length": len(value), "first": first[:SHOWN_ELEMENTS]}
     return value
 
 

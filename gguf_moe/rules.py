@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from gguf_moe.errors import UsageError
-from gguf_moe.recipe import FIXED_ROLES, Choice, FileType, RecipeFacts, choose_type, fit
+from gguf_moe.recipe import FIXED_ROLES, KEPT, Choice, FileType, RecipeFacts, choose_type, fit
 from quant import FORMATS
 
 NEAR_NAMES = 4  # that an error suggests
@@ -78,11 +78,12 @@ class Chooser:
 
     Tensors are shown to it in the order in which llama.cpp's quantizer visits them, because its mixes count: which
     attn_v they give more bits, and in dense models which ffn_down, goes by how many they have decided before. What a
-    rule has taken over does not count.
+    rule has taken over does not count. With `keep`, what the quantizer does not touch keeps its source's type instead
+    of being F32: its input may be anything, where the converter's output is known.
     """
 
-    def __init__(self, file_type: FileType, facts: RecipeFacts, rules: Rules) -> None:
-        self._file_type, self._facts, self._rules = file_type, facts, rules
+    def __init__(self, file_type: FileType, facts: RecipeFacts, rules: Rules, *, keep: bool = False) -> None:
+        self._file_type, self._facts, self._rules, self._keep = file_type, facts, rules, keep
         self._decided: Counter[str] = Counter()  # by the mix, of each role
         self._seen: Counter[str] = Counter()  # all, of each role
         self._used: set[Override] = set()
@@ -95,16 +96,20 @@ class Chooser:
 
         Raises UsageError where a type that has no fallback is wanted for rows that its block does not divide.
         """
-        usual = self._mix(role, layer, columns, self._seen)
+        kept = (self._keep and role in FIXED_ROLES) or self._file_type.default == KEPT
+        usual = Choice(source_type, source_type) if kept else self._mix(role, layer, columns, self._seen)
         self._seen[role] += 1
         self._names[name] = role not in FIXED_ROLES
         if layer is not None:
             self._layers.add(layer)
-        if role in FIXED_ROLES:
+        if role in FIXED_ROLES or kept:
             router = self._rules.router if role == "router" else None
             return self._forced(router, "router-type", name, columns, usual) if router else usual
         matching = [override for override in self._rules.overrides if override.matches(name, layer)]
-        option, kind = self._option(role, source_type)
+        if role == "output" and self._rules.leave_output:
+            self._shadowed.update(matching)
+            return Choice(source_type, source_type, "leave-output-tensor", usual.type)
+        option, kind = self._option(role)
         if kind:
             self._shadowed.update(matching)
             return self._forced(kind, option, name, columns, usual)
@@ -115,10 +120,8 @@ class Chooser:
             return Choice(fit(kind, columns), kind, matching[0].text, usual.type)
         return self._unmatched(role, layer, columns, usual)
 
-    def _option(self, role: str, source_type: str) -> tuple[str, str | None]:
+    def _option(self, role: str) -> tuple[str, str | None]:
         """The option that decides this tensor whatever the patterns say, and the type it wants."""
-        if role == "output" and self._rules.leave_output:
-            return "leave-output-tensor", source_type
         if role == "output":
             return "output-tensor-type", self._rules.output
         return "token-embedding-type", self._rules.token_embedding if role == "token_embd" else None
@@ -136,8 +139,8 @@ class Chooser:
         return choice if choice == usual else replace(choice, asked=asked, usual=usual.type)
 
     def _mix(self, role: str, layer: int | None, columns: int, before: Counter[str]) -> Choice:
-        counted = role == "attn_v" or (role == "ffn_down" and self._facts.experts <= 1)
-        index = before[role] if counted else layer or 0
+        by_layer = role == "ffn_down" and self._facts.experts > 1 and layer is not None
+        index = layer if by_layer else before[role]
         return choose_type(self._file_type, role, index, columns, self._facts)
 
     def _forced(self, kind: str, option: str, name: str, columns: int, usual: Choice) -> Choice:

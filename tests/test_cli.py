@@ -25,7 +25,7 @@ from gguf_moe.recipe import FILE_TYPES
         (["convert", MERGE], "give either --bits or --quant"),
         (["convert", MERGE, "--bits", "4", "--quant", "Q4_0"], "give either --bits or --quant"),
         (["convert", MERGE, "--bits", "7"], "'7' is not one of '2', '3', '4', '5', '6', '8', '16'"),
-        (["convert"], "Missing argument 'MODEL_DIR'"),
+        (["convert"], "Missing argument 'MODEL'"),
     ],
 )
 def test_usage_errors_exit_2(arguments: list, message: str, run) -> None:

@@ -227,9 +227,25 @@ def big_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 @pytest.mark.parametrize("quant", ["Q4_K_M", "BF16"])
 def test_memory_stays_bounded_for_experts_of_14336_x_4096(quant: str, big_layer: Path, tmp_path: Path) -> None:
+    convert_within_the_limit(big_layer, tmp_path / "out.gguf", "--quant", quant)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+def test_memory_stays_bounded_for_gguf_files(big_layer: Path, tmp_path: Path) -> None:
+    """Read as bf16, decoded from blocks, and copied."""
+    bf16, q8_0, target = (tmp_path / name for name in ("bf16.gguf", "q8_0.gguf", "out.gguf"))
+    convert_within_the_limit(big_layer, bf16, "--quant", "BF16")
+    convert_within_the_limit(bf16, q8_0, "--quant", "Q8_0")
+    convert_within_the_limit(q8_0, target, "--quant", "Q4_K_M", "--allow-requantize")
+    convert_within_the_limit(q8_0, target, "--force")
+    assert target.read_bytes() == q8_0.read_bytes()
+
+
+def convert_within_the_limit(source: Path, target: Path, *options: str) -> None:
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({MEMORY_LIMIT}, {MEMORY_LIMIT}))"
     code = f"{limit}; from gguf_moe.cli import main; main()"
-    arguments = ["convert", str(big_layer), "--quant", quant, "-o", str(tmp_path / "out.gguf")]
+    arguments = ["convert", str(source), "-o", str(target), *options]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # the limit counts the stacks of idle threads too
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False
