@@ -79,12 +79,12 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | No
     """
     request = request or Request()
     architecture = find_architecture(checkpoint.config)
-    facts = architecture.facts(checkpoint.config)
+    facts = architecture.facts(checkpoint.config, request.experts_used)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
     vocabulary = read_vocabulary(checkpoint.directory, facts.vocabulary)
     if file_type.quantized:
         mapped.sort(key=_quantizer_order)
-    tensors = _place(mapped, file_type, facts)
+    tensors = _place(mapped, file_type, architecture, facts)
     metadata = _read_metadata(checkpoint.directory, mapped)
     try:
         keys = _keys(architecture, facts, vocabulary, metadata, file_type)
@@ -104,7 +104,7 @@ def make_plan(checkpoint: Checkpoint, file_type: FileType, request: Request | No
         tensors,
         header,
         f"{name}.gguf",
-        (*vocabulary.notes, *_fallback_warning(tensors)),
+        (*facts.notes, *vocabulary.notes, *_fallback_warning(tensors)),
     )
 
 
@@ -113,18 +113,32 @@ def _quantizer_order(tensor: mapping.MappedTensor) -> tuple[int, bytes]:
     return (-1 if tensor.layer is None else tensor.layer, tensor.name.encode())
 
 
-def _place(mapped: list[mapping.MappedTensor], file_type: FileType, facts: ModelFacts) -> tuple[TensorPlan, ...]:
+def _place(
+    mapped: list[mapping.MappedTensor], file_type: FileType, architecture: Architecture, facts: ModelFacts
+) -> tuple[TensorPlan, ...]:
     tied = not any(tensor.role == "output" for tensor in mapped)
-    recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied)
+    recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied, architecture.name)
     tensors = []
     offset = 0
+    seen: Counter[str] = Counter()  # by role, as the quantizer counts
     for tensor in mapped:
         columns = tensor.shape[-1]
-        choice = choose_type(file_type, tensor.role, tensor.layer or 0, columns, recipe_facts)
+        by_layer = tensor.role == "ffn_down" and facts.experts > 1
+        index = tensor.layer if by_layer and tensor.layer is not None else seen[tensor.role]
+        choice = choose_type(file_type, tensor.role, index, columns, recipe_facts)
+        seen[tensor.role] += 1
         nbytes = tensor.elements // columns * FORMATS[choice.type].row_bytes(columns)
-        tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, tensor.shape, nbytes, offset)))
+        shape = _without_ones(tensor.shape) if file_type.quantized else tensor.shape
+        tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, shape, nbytes, offset)))
         offset += padded(nbytes)
     return tuple(tensors)
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """llama.cpp's quantizer, unlike its converter, drops what GGUF has as trailing dimensions of 1."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape
 
 
 def _read_metadata(directory: Path, mapped: list[mapping.MappedTensor]) -> gguf.Metadata:
@@ -162,8 +176,7 @@ def _keys(
     architecture.add_keys(writer, facts)
     if not file_type.quantized:
         writer.add_file_type(file_type.id)
-    writer.add_vocab_size(facts.vocabulary)
-    writer.add_rope_dimension_count(facts.head_size)
+    architecture.add_last_keys(writer, facts)
     if not file_type.quantized:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary.add_keys(writer)

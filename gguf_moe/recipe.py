@@ -1,7 +1,7 @@
 """Which type each tensor gets: llama.cpp's file types as tables and one pure function.
 
-The rules are those of `llama_tensor_get_type` in llama.cpp's quantizer, for the llama architecture and without
-an importance matrix.
+The rules are those of `llama_tensor_get_type` in llama.cpp's quantizer, for the architectures in `gguf_moe.arch` and
+without an importance matrix.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ FILE_TYPES: dict[str, FileType] = {
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}
 BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "Q8_0", 16: "BF16"}
 
+# Roles of tensors that are vectors, or too small and too important to quantize.
+FLOAT32_ROLES = ("norm", "bias", "rope_freqs", "router", "shared_gate")
+
 # Where a row is no multiple of the type's block, the type that llama.cpp takes instead; then F16.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
 
@@ -86,11 +89,14 @@ class RecipeFacts:
     heads: int
     kv_heads: int
     tied: bool
+    architecture: str = "llama"
 
     @property
     def seventy(self) -> bool:
-        """The shape of a 70B Llama, whose few attn_v heads llama.cpp gives more bits."""
-        return self.experts != 8 and self.layers == 80 and self.heads != self.kv_heads
+        """What llama.cpp takes for a 70B or 72B model, whose few attn_v heads it gives more bits."""
+        if self.architecture == "llama":
+            return self.experts != 8 and self.layers == 80 and self.heads != self.kv_heads
+        return self.architecture == "qwen2" and self.layers == 80
 
 
 @dataclass(frozen=True)
@@ -119,10 +125,10 @@ def find_file_type(name: str) -> FileType:
 def choose_type(file_type: FileType, role: str, index: int, columns: int, facts: RecipeFacts) -> Choice:
     """The type of one tensor of `columns` columns.
 
-    `index` is the position among the tensors of that role (the layer number, as long as every layer has one).
-    Norms and the router always stay F32.
+    `index` is the position among the tensors of that role in the quantizer's order; for ffn_down of a model of two
+    or more experts, the layer number. Norms, biases, routers and the like always stay F32.
     """
-    if role in ("norm", "router"):
+    if role in FLOAT32_ROLES:
         return Choice("F32", "F32")
     if not file_type.quantized:
         return Choice(file_type.default, file_type.default)
