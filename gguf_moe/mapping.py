@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -130,8 +130,8 @@ def _mapped(template: Template, layer: int | None, slabs: list[Slab]) -> MappedT
     shape: tuple[int, ...] = (slabs[0].rows, source.columns)
     if template.stacked:
         shape = (len(slabs), *shape)
-    elif len(source.shape) == 1:
-        shape = source.shape
+    elif len(template.shape) == 1:
+        shape = (slabs[0].rows * source.columns,)
     return MappedTensor(template.target.format(layer=layer), template.role, layer, shape, tuple(slabs))
 
 
@@ -156,12 +156,14 @@ def _parts(
             raise GgufMoeError(f"{tensor.file}: tensor {tensor.name} is unknown to architecture {architecture.name}")
         match, kind = found
         numbers = {key: int(value) for key, value in match.groupdict().items()}
-        _check_numbers(tensor, numbers, architecture, facts, checkpoint)
+        _check_numbers(tensor, numbers, facts, checkpoint)
         if isinstance(kind, Fused):
             yield from _unfuse(tensor, kind, numbers["layer"], templates, facts)
         else:
             _check_layer(tensor, kind, numbers.get("layer"), facts)
             _check_shape(tensor, tuple(facts.size(name) for name in kind.shape))
+            if kind.rotary and len(tensor.shape) == 1:  # a bias, whose elements are reordered as rows are
+                tensor = replace(tensor, shape=(*tensor.shape, 1))
             slab = Slab(tensor, 0, tensor.shape[0] if len(tensor.shape) > 1 else 1, _heads(kind, facts))
             name = kind.source.format(**numbers)
             yield _Part(name, kind, numbers.get("layer"), numbers.get("expert"), slab)
@@ -188,18 +190,12 @@ def _heads(template: Template, facts: ModelFacts) -> int | None:
     return facts.size(template.rotary) if template.rotary else None
 
 
-def _check_numbers(
-    tensor: SourceTensor,
-    numbers: dict[str, int],
-    architecture: Architecture,
-    facts: ModelFacts,
-    checkpoint: Checkpoint,
-) -> None:
+def _check_numbers(tensor: SourceTensor, numbers: dict[str, int], facts: ModelFacts, checkpoint: Checkpoint) -> None:
     for kind, key, count in (
         ("layer", "num_hidden_layers", facts.layers),
-        ("expert", architecture.experts_key, facts.experts),
+        ("expert", facts.experts_key, facts.experts),
     ):
-        if numbers.get(kind, 0) >= count:
+        if kind in numbers and numbers[kind] >= count:
             raise GgufMoeError(
                 f"{tensor.file}: tensor {tensor.name} is of {kind} {numbers[kind]}, "
                 f"but {checkpoint.config.path.name} says {key} = {count}"

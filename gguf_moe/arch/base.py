@@ -27,6 +27,7 @@ class ModelFacts:
     norm_epsilon: float
     rope: Rope = field(repr=False)
     experts: int = 0  # 0: a dense model
+    experts_key: str = ""  # the field of config.json that counts them
     experts_used: int = 0
     named_scoring: bool = False  # config.json says that the router's scores are a softmax
     expert_feed_forward: int = 0  # rows of one expert's gate and up projections
@@ -95,7 +96,6 @@ class Architecture:
     templates: tuple[Template, ...]
     add_keys: Callable[[gguf.GGUFWriter, ModelFacts], None]  # those before general.file_type
     add_last_keys: Callable[[gguf.GGUFWriter, ModelFacts], None]  # those after it
-    experts_key: str = ""  # the field of config.json that counts the experts
     fused: tuple[Fused, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()  # other names of a source, old -> as in the templates
     ignored: tuple[str, ...] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")  # no weights

@@ -40,7 +40,7 @@ def _read(config: Config, experts_used: int | None) -> ModelFacts:
         raise GgufMoeError(
             f"{config.path}: moe_layer_freq is {step}, expected 1: llama.cpp wants experts in every layer but the first"
         )
-    experts = read_experts(config, "n_routed_experts", experts_used)
+    experts = read_experts(config, ("n_routed_experts",), experts_used)
     # Its own code leaves the weight of a single expert alone.
     renormalized = read_flag(config, "norm_topk_prob") and experts["experts_used"] > 1
     shared_experts, width = config.integer("n_shared_experts"), config.integer("moe_intermediate_size")
@@ -52,7 +52,7 @@ def _read(config: Config, experts_used: int | None) -> ModelFacts:
         shared_experts=shared_experts,
         shared_feed_forward=shared_experts * width,
         dense_layers=config.integer("first_k_dense_replace", minimum=0),
-        notes=routing_note(config, *experts.values(), renormalized=renormalized, by_llama_cpp=False),
+        notes=routing_note(config, experts, renormalized=renormalized, by_llama_cpp=False),
     )
     if facts.dense_layers >= facts.layers:
         raise GgufMoeError(
@@ -85,6 +85,5 @@ ARCHITECTURE = Architecture(
     ),
     add_keys=add_keys,
     add_last_keys=_add_last_keys,
-    experts_key="n_routed_experts",
     fused=FUSED,
 )

@@ -67,7 +67,7 @@ def _read_mistral(config: Config, experts_used: int | None) -> ModelFacts:
 
 
 def _read_mixtral(config: Config, experts_used: int | None) -> ModelFacts:
-    experts = read_experts(config, "num_local_experts", experts_used, experts=8, used=2)
+    experts = read_experts(config, ("num_local_experts",), experts_used, experts=8, used=2)
     return read_facts(config, _MIXTRAL_DEFAULTS, **experts)
 
 
@@ -90,7 +90,6 @@ MIXTRAL = replace(
     hf_names=("MixtralForCausalLM",),
     facts=_read_mixtral,
     templates=_MIXTRAL,
-    experts_key="num_local_experts",
     fused=(  # what transformers 5, and so today's mergekit, writes
         Fused(MLP + "experts.gate_up_proj", (_EXPERT + "w1.weight", _EXPERT + "w3.weight")),
         Fused(MLP + "experts.down_proj", (_EXPERT + "w2.weight",)),

@@ -41,7 +41,7 @@ def refuse_dense_layers(config: Config) -> None:
 
 def _read(config: Config, experts_used: int | None) -> ModelFacts:
     refuse_dense_layers(config)
-    experts = read_experts(config, "num_experts", experts_used, experts=60, used=4)
+    experts = read_experts(config, ("num_experts", "num_local_experts"), experts_used, experts=60, used=4)
     renormalized = read_flag(config, "norm_topk_prob")
     return read_facts(
         config,
@@ -50,7 +50,7 @@ def _read(config: Config, experts_used: int | None) -> ModelFacts:
         expert_feed_forward=config.integer("moe_intermediate_size", 1408),
         shared_experts=1,
         shared_feed_forward=config.integer("shared_expert_intermediate_size", 5632),
-        notes=routing_note(config, *experts.values(), renormalized=renormalized, by_llama_cpp=False),
+        notes=routing_note(config, experts, renormalized=renormalized, by_llama_cpp=False),
     )
 
 
@@ -75,7 +75,6 @@ ARCHITECTURE = Architecture(
     ),
     add_keys=add_keys,
     add_last_keys=_add_last_keys,
-    experts_key="num_experts",
     fused=FUSED,
     needs_output=True,
 )

@@ -26,14 +26,14 @@ _DEFAULTS = Defaults(
 
 def _read(config: Config, experts_used: int | None) -> ModelFacts:
     refuse_dense_layers(config)
-    experts = read_experts(config, "num_experts", experts_used, experts=128, used=8)
+    experts = read_experts(config, ("num_experts", "num_local_experts"), experts_used, experts=128, used=8)
     renormalized = read_flag(config, "norm_topk_prob")
     return read_facts(
         config,
         _DEFAULTS,
         **experts,
         expert_feed_forward=config.integer("moe_intermediate_size", 768),
-        notes=routing_note(config, *experts.values(), renormalized=renormalized, by_llama_cpp=True),
+        notes=routing_note(config, experts, renormalized=renormalized, by_llama_cpp=True),
     )
 
 
@@ -48,6 +48,5 @@ ARCHITECTURE = Architecture(
     templates=(*ENDS, *NORMS, *HEAD_NORMS, *PROJECTIONS, *optional(BIASES), *ROUTER, *EXPERTS),
     add_keys=add_keys,
     add_last_keys=_add_last_keys,
-    experts_key="num_experts",
     fused=FUSED,
 )

@@ -93,9 +93,11 @@ def _check(config: Config, facts: ModelFacts, defaults: Defaults) -> None:
 
 
 def read_experts(
-    config: Config, key: str, asked: int | None, experts: int | None = None, used: int | None = None
-) -> dict[str, int]:
-    """Number of experts, the field `key`, and of those used for a token, which `asked` overrides; with defaults."""
+    config: Config, keys: tuple[str, ...], asked: int | None, experts: int | None = None, used: int | None = None
+) -> dict[str, Any]:
+    """Facts on the experts: their number, the first field of `keys` that is there, and how many of them are used for a
+    token, which `asked` overrides; with defaults."""
+    key = next((key for key in keys if config.values.get(key) is not None), keys[0])
     experts = config.integer(key, experts)
     used = config.integer("num_experts_per_tok", used) if asked is None else asked
     if experts > MAX_EXPERTS:
@@ -107,7 +109,7 @@ def read_experts(
             f"{config.path}: num_experts_per_tok is {used}, but there are {experts} experts ({key}); llama.cpp aborts "
             f"on such a file: use --experts-used {experts}{' or less' if experts > 1 else ''}"
         )
-    return {"experts": experts, "experts_used": used}
+    return {"experts": experts, "experts_used": used, "experts_key": key}
 
 
 def refuse_experts_used(config: Config, asked: int | None) -> None:
@@ -116,16 +118,16 @@ def refuse_experts_used(config: Config, asked: int | None) -> None:
         raise UsageError(f"--experts-used {asked}: {config.path} is of a dense model, without experts")
 
 
-def routing_note(config: Config, experts: int, used: int, *, renormalized: bool, by_llama_cpp: bool) -> list[str]:
+def routing_note(config: Config, experts: dict[str, Any], *, renormalized: bool, by_llama_cpp: bool) -> list[str]:
     """The difference it makes that llama.cpp scales the used experts to a sum of 1, or does not, whatever the config
-    says; none where all are used."""
-    if renormalized == by_llama_cpp or used == experts:
+    says; none where all are used. experts: what `read_experts` returned."""
+    if renormalized == by_llama_cpp or experts["experts_used"] == experts["experts"]:
         return []
     does = "scales the used experts' weights to a sum of 1" if by_llama_cpp else "leaves the used experts' weights as"
     return [
         f"{config.path}: norm_topk_prob is {str(renormalized).lower()}, but in this architecture llama.cpp {does}"
         + ("" if by_llama_cpp else " the router gives them")
-        + f"; its answers differ from transformers' unless all experts are used (--experts-used {experts})"
+        + f"; its answers differ from transformers' unless all experts are used (--experts-used {experts['experts']})"
     ]
 
 

@@ -17,7 +17,7 @@ _FACTORS = ("extrapolation_factor", "attention_factor", "attn_factor", "beta_fas
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary base and scaling; `values` has the numbers that the kind of scaling takes, by their names in config.json."""
+    """Rotary base and scaling; `values` has the numbers that its kind takes, by their names in config.json."""
 
     theta: float
     kind: str
@@ -53,17 +53,17 @@ class Rope:
         if self.kind != "llama3":
             return None
         factor, low, high, context = (
-            np.float32(self.values[name])
+            self.values[name]
             for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         )
-        one = np.float32(1)
-        exponents = np.arange(0, head_size, 2, dtype=np.float32) / np.float32(head_size)
-        frequencies = one / np.power(self.theta, exponents.astype(np.float64)).astype(np.float32)
-        wavelengths = one / frequencies * np.float32(2 * math.pi)
-        blend = (one / wavelengths * context - low) / np.float32(float(high) - float(low))
-        between = one / ((one - blend) / factor + blend)
-        longest, shortest = np.float32(float(context) / float(low)), np.float32(float(context) / float(high))
-        return np.where(wavelengths < shortest, one, np.where(wavelengths > longest, factor, between))
+        float32, one = np.float32, np.float32(1)
+        exponents = (np.arange(0, head_size, 2, dtype=float32) / float32(head_size)).astype(np.float64)
+        frequencies = one / np.power(float(float32(self.theta)), exponents).astype(float32)
+        wavelengths = one / frequencies * float32(2 * math.pi)
+        blend = (one / wavelengths * float32(context) - float32(low)) / float32(high - low)
+        between = one / ((one - blend) / float32(factor) + blend)
+        long, short = wavelengths > float32(context / low), wavelengths < float32(context / high)
+        return np.where(short, one, np.where(long, float32(factor), between))
 
     def notes(self, config: Config, context: int) -> list[str]:
         """What llama.cpp will compute otherwise than the config asks."""
