@@ -61,7 +61,12 @@ def _request_options(command: Callable) -> Callable:
         click.option("--pure", is_flag=True, help="The file type's main type for all matrices."),
         click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight in the source's type."),
         click.option("--strict", is_flag=True, help="Refuse a type that rows are too narrow for."),
-        click.option("--experts-used", type=click.IntRange(1), metavar="N", help="Experts of a token."),
+        click.option(
+            "--experts-used",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Experts that a token passes, instead of what config.json says.",
+        ),
         click.option("--pre", metavar="NAME", help="Pre-tokenizer of a byte-level BPE tokenizer."),
         click.option("--chat-template", metavar="FILE|none", help="Chat template, instead of the model's own."),
         click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set a key."),

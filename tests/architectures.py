@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import zlib
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -143,3 +144,24 @@ def save(case: Parts, directory: Path) -> Path:
         shutil.copy(source, directory / name)
     (directory / "config.json").write_text(json.dumps(case.config, indent=2))
     return directory
+
+
+@cache
+def golden() -> dict[str, Any]:
+    """What was recorded of each case: config, names and shapes, hashes of llama.cpp's files."""
+    return json.loads((Path(__file__).parent / "golden" / "architectures.json").read_text())
+
+
+def recorded(name: str) -> Parts:
+    """The checkpoint of a case as transformers saved it."""
+    case = golden()[name]
+    return parts(dict(case["config"]), case["tensors"])
+
+
+def expert_names(layer: str, kind: str, mixtral: bool) -> list[str]:
+    """The matrices of an expert, with {} for its number, that a fused tensor holds: `gate_up_proj` or `down_proj`."""
+    if mixtral:
+        weights = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
+        return [f"{layer}.block_sparse_moe.experts.{{}}.{w}.weight" for w in weights[kind]]
+    weights = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+    return [f"{layer}.mlp.experts.{{}}.{w}.weight" for w in weights[kind]]

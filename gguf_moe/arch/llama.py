@@ -52,7 +52,7 @@ _LLAMA_DEFAULTS = Defaults(
     norm_epsilon=1e-6,
     writes_head_size=True,
 )
-_MISTRAL_DEFAULTS = replace(_LLAMA_DEFAULTS, feed_forward=14336, kv_heads=8, context=131072, window=4096)
+_MISTRAL_DEFAULTS = replace(_LLAMA_DEFAULTS, feed_forward=14336, kv_heads=8, context=131072, window=4096, windowed=True)
 _MIXTRAL_DEFAULTS = replace(_MISTRAL_DEFAULTS, norm_epsilon=1e-5, rope_theta=1e6, window=None, writes_head_size=False)
 
 

@@ -21,6 +21,8 @@ _DEFAULTS = Defaults(
     context=32768,
     norm_epsilon=1e-6,
     rope_kinds=ROPE_KINDS,
+    windowed=False,
+    window=4096,
     free_head_size=False,
 )
 

@@ -19,6 +19,8 @@ _DEFAULTS = Defaults(
     context=32768,
     norm_epsilon=1e-6,
     rope_kinds=ROPE_KINDS,
+    windowed=False,
+    window=4096,
     writes_head_size=True,
 )
 

@@ -35,6 +35,7 @@ class Defaults:
     rope_theta: float = 1e4
     rope_kinds: tuple[str, ...] = KINDS
     window: int | None = None
+    windowed: bool | None = None  # whether sliding_window counts without use_sliding_window; None: it never does
     writes_head_size: bool = False  # even where config.json has no head_dim
     free_head_size: bool = True  # llama.cpp takes other head sizes than hidden over heads
 
@@ -140,8 +141,10 @@ def read_flag(config: Config, name: str, default: bool = False) -> bool:
 
 
 def _window_note(config: Config, defaults: Defaults, context: int) -> list[str]:
+    if defaults.windowed is None or not read_flag(config, "use_sliding_window", defaults.windowed):
+        return []
     window = config.values.get("sliding_window", defaults.window)
-    if not isinstance(window, int) or not read_flag(config, "use_sliding_window", default=True) or window >= context:
+    if window is None or (window := config.integer("sliding_window", window, minimum=0)) >= context:
         return []
     return [
         f"{config.path}: sliding_window is {window}, but in this architecture llama.cpp attends to the whole text; "

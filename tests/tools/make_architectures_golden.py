@@ -194,7 +194,8 @@ def main() -> None:
                 model.save_pretrained(directory, save_original_format=False)
                 golden[name]["fused"] = saved_shapes(directory)
         print(name, files["Q4_K_M"]["types"], flush=True)
-    (GOLDEN / "architectures.json").write_text(json.dumps(golden, indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(case)}" for name, case in golden.items())
+    (GOLDEN / "architectures.json").write_text(f"{{\n{lines}\n}}\n")
     np.savez_compressed(GOLDEN / "architectures.npz", **logits)
 
 
