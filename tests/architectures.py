@@ -32,6 +32,7 @@ _MOE = {"moe_intermediate_size": 64, "num_experts_per_tok": 2}
 _QWEN2MOE = {**_MOE, "shared_expert_intermediate_size": 96, "norm_topk_prob": False}
 _QWEN3MOE = {**_MOE, "norm_topk_prob": True, "head_dim": 32}
 _DEEPSEEK = {**_MOE, "n_shared_experts": 2, "norm_topk_prob": False, "scoring_func": "softmax", "moe_layer_freq": 1}
+_EIGHTY = {"num_hidden_layers": 80, "hidden_size": 64, "intermediate_size": 64}  # for llama.cpp, a 70B model
 _NARROW = {"hidden_size": 96, "intermediate_size": 160}
 
 
@@ -59,6 +60,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             original_max_position_embeddings=32,
         ),
     ),
+    "llama-80": ("LlamaForCausalLM", _EIGHTY),
     "mistral-head-dim": (
         "MistralForCausalLM",
         {"head_dim": 96, "num_key_value_heads": 1, "num_hidden_layers": 9, "sliding_window": None},
@@ -79,6 +81,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mixtral-128": ("MixtralForCausalLM", {"num_local_experts": 128, "intermediate_size": 32, "num_hidden_layers": 2}),
     "qwen2": ("Qwen2ForCausalLM", {"num_hidden_layers": 8, "tie_word_embeddings": True}),
+    "qwen2-80": ("Qwen2ForCausalLM", {**_EIGHTY, "num_key_value_heads": 4}),
     "qwen2-yarn": ("Qwen2ForCausalLM", _rope("yarn", factor=2.0, original_max_position_embeddings=32)),
     "qwen3": ("Qwen3ForCausalLM", {"head_dim": 96, "num_hidden_layers": 8}),
     "qwen2moe-6": ("Qwen2MoeForCausalLM", {**_QWEN2MOE, "num_experts": 6, "num_hidden_layers": 8}),
@@ -156,12 +159,3 @@ def recorded(name: str) -> Parts:
     """The checkpoint of a case as transformers saved it."""
     case = golden()[name]
     return parts(dict(case["config"]), case["tensors"])
-
-
-def expert_names(layer: str, kind: str, mixtral: bool) -> list[str]:
-    """The matrices of an expert, with {} for its number, that a fused tensor holds: `gate_up_proj` or `down_proj`."""
-    if mixtral:
-        weights = {"gate_up_proj": ("w1", "w3"), "down_proj": ("w2",)}
-        return [f"{layer}.block_sparse_moe.experts.{{}}.{w}.weight" for w in weights[kind]]
-    weights = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-    return [f"{layer}.mlp.experts.{{}}.{w}.weight" for w in weights[kind]]

@@ -58,11 +58,12 @@ class Rope:
         )
         float32, one = np.float32, np.float32(1)
         exponents = (np.arange(0, head_size, 2, dtype=float32) / float32(head_size)).astype(np.float64)
-        frequencies = one / np.power(float(float32(self.theta)), exponents).astype(float32)
-        wavelengths = one / frequencies * float32(2 * math.pi)
-        blend = (one / wavelengths * float32(context) - float32(low)) / float32(high - low)
-        between = one / ((one - blend) / float32(factor) + blend)
-        long, short = wavelengths > float32(context / low), wavelengths < float32(context / high)
+        with np.errstate(all="ignore"):  # absurd factors give infinities, which conversion refuses like any other
+            frequencies = one / np.power(float(float32(self.theta)), exponents).astype(float32)
+            wavelengths = one / frequencies * float32(2 * math.pi)
+            blend = (one / wavelengths * float32(context) - float32(low)) / float32(high - low)
+            between = one / ((one - blend) / float32(factor) + blend)
+            long, short = wavelengths > float32(context / low), wavelengths < float32(context / high)
         return np.where(short, one, np.where(long, float32(factor), between))
 
     def notes(self, config: Config, context: int) -> list[str]:
@@ -79,7 +80,7 @@ class Rope:
         if self.kind != "yarn":
             return []
         usual = {"beta_fast": 32.0, "beta_slow": 1.0, "extrapolation_factor": 1.0, "mscale": math.nan}
-        usual |= dict.fromkeys(("attention_factor", "attn_factor"), 0.1 * math.log(self.values["factor"]) + 1)
+        usual |= dict.fromkeys(("attention_factor", "attn_factor"), 0.1 * math.log(max(self.values["factor"], 1)) + 1)
         odd = [
             f"{name} = {value:g}"
             for name, value in self.values.items()
@@ -101,7 +102,7 @@ def read_rope(config: Config, default_theta: float, context: int, kinds: tuple[s
         raise GgufMoeError(f"{config.path}: rope parameters are {values!r}, expected an object")
     nested = Config(config.path, values)
     theta = nested.number("rope_theta", config.number("rope_theta", default_theta))
-    kind = values.get("rope_type", values.get("type")) or "default"
+    kind = values.get("rope_type") or values.get("type") or "default"
     if kind not in kinds:
         raise GgufMoeError(
             f"{config.path}: rope_type {kind!r} is not known to llama.cpp in this architecture, expected one of "

@@ -1,11 +1,11 @@
 """What transformers and llama.cpp make of the small models in tests/architectures.py, as golden data for the tests.
 
-usage: PYTHONPATH=tests:LLAMA_CPP:LLAMA_CPP/gguf-py make_architectures_golden.py LIBLLAMA
+usage: PYTHONPATH=tests:LLAMA_CPP:LLAMA_CPP/gguf-py make_architectures_golden.py LIBLLAMA [CASE ...]
 
 LLAMA_CPP is the source of llama.cpp build 11434 (its converter runs here), LIBLLAMA its library (its quantizer does);
 `make golden` fetches and builds both. Writes tests/golden/architectures.json (config.json as saved, names and shapes of
-the tensors, in both layouts of experts, hashes of llama.cpp's files) and architectures.npz (logits). Needs torch and
-transformers.
+the tensors, in both layouts of experts, hashes of llama.cpp's files) and architectures.npz (logits); given cases are
+made anew, others stay. Needs torch and transformers.
 
 transformers has no code for the first DeepSeek-MoE, which its authors published as remote code. The model here follows
 that code, from the building blocks of transformers' Llama: softmax over the routed experts, the best few unscaled,
@@ -168,12 +168,13 @@ def describe(path: Path) -> dict:
 
 def main() -> None:
     """Write the golden files."""
-    quantize = quantizer(sys.argv[1])
+    quantize, names = quantizer(sys.argv[1]), sys.argv[2:]
     torch.set_grad_enabled(False)
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    golden, logits = {}, {}
-    for name in cases.CASES:
+    golden = dict(cases.golden()) if names else {}
+    logits = dict(np.load(GOLDEN / "architectures.npz")) if names else {}
+    for name in names or cases.CASES:
         with tempfile.TemporaryDirectory() as temporary:
             directory = Path(temporary) / name
             model = save_model(name, directory)
