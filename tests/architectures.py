@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 import zlib
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 
+Saved = Callable[[str], Path]  # the fixture `saved`: a case's name to its checkpoint
 PROMPT_TOKENS = 48
 KEPT_POSITIONS = (5, 23, 47)
 KEPT_LOGITS = slice(None, None, 8)

@@ -15,7 +15,6 @@ from gguf_moe.cli import cli
 
 RunCli = Callable[..., Result]
 Make = Callable[[str, str], Path]
-Saved = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +52,7 @@ def made(run: RunCli, merges: dict[str, Path], tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> architectures.Saved:
     """saved("qwen3"): the checkpoint of that case of `architectures`, made once a session."""
     directory = tmp_path_factory.mktemp("architectures")
 

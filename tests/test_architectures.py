@@ -16,7 +16,6 @@ import gguf
 import numpy as np
 import pytest
 from checkpoints import Parts
-from conftest import Saved
 from neighbours import Llama
 from test_golden import GOLDEN
 
@@ -52,7 +51,7 @@ def test_the_golden_set_is_whole() -> None:
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_logits_are_transformers(name: str, run, saved: Saved) -> None:
+def test_logits_are_transformers(name: str, run, saved: cases.Saved) -> None:
     path = convert(run, saved(name), "F32")
     assert logits_error(path, name) < 1e-5
 
@@ -66,7 +65,7 @@ def logits_error(path: Path, name: str) -> float:
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-def test_keys_types_and_order_are_llama_cpps(name: str, saved: Saved) -> None:
+def test_keys_types_and_order_are_llama_cpps(name: str, saved: cases.Saved) -> None:
     checkpoint = open_checkpoint(saved(name))
     for quant in PLANNED:
         plan = make_plan(checkpoint, find_file_type(quant))
@@ -77,7 +76,7 @@ def test_keys_types_and_order_are_llama_cpps(name: str, saved: Saved) -> None:
 
 @pytest.mark.parametrize("quant", ENCODED)
 @pytest.mark.parametrize("name", cases.CASES)
-def test_whole_files_are_llama_cpps(name: str, quant: str, run, saved: Saved) -> None:
+def test_whole_files_are_llama_cpps(name: str, quant: str, run, saved: cases.Saved) -> None:
     data = convert(run, saved(name), quant).read_bytes()
     assert sha256(data) == RECORDED[name]["files"][quant]["file"]
 
@@ -85,13 +84,13 @@ def test_whole_files_are_llama_cpps(name: str, quant: str, run, saved: Saved) ->
 @pytest.mark.long
 @pytest.mark.parametrize("quant", [q for q in QUANTS if q not in ENCODED])
 @pytest.mark.parametrize("name", cases.CASES)
-def test_whole_files_of_the_other_types_are_llama_cpps(name: str, quant: str, run, saved: Saved) -> None:
+def test_whole_files_of_the_other_types_are_llama_cpps(name: str, quant: str, run, saved: cases.Saved) -> None:
     data = convert(run, saved(name), quant).read_bytes()
     assert sha256(data) == RECORDED[name]["files"][quant]["file"]
 
 
 @pytest.mark.parametrize("name", ONE_A_FAMILY)
-def test_eight_bits_predict_closely(name: str, run, saved: Saved) -> None:
+def test_eight_bits_predict_closely(name: str, run, saved: cases.Saved) -> None:
     assert logits_error(convert(run, saved(name), "Q8_0"), name) < 0.06
 
 
@@ -137,7 +136,7 @@ def variant(source: Path, directory: Path, **changes: object) -> Path:
     return directory
 
 
-def test_one_expert_of_a_wish_for_two(run, saved: Saved, tmp_path: Path) -> None:
+def test_one_expert_of_a_wish_for_two(run, saved: cases.Saved, tmp_path: Path) -> None:
     directory = variant(saved("mixtral-1"), tmp_path / "mixtral-1", num_experts_per_tok=2)
     result = run("convert", directory, "--quant", "Q4_K_M", "-o", tmp_path / "out.gguf")
     assert result.exit_code == 1
@@ -151,14 +150,14 @@ def test_one_expert_of_a_wish_for_two(run, saved: Saved, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", ["mixtral-head-dim-3", "qwen2moe-6", "qwen3moe-5", "deepseek-5"])
-def test_the_number_of_used_experts_is_the_users(name: str, run, saved: Saved, tmp_path: Path) -> None:
+def test_the_number_of_used_experts_is_the_users(name: str, run, saved: cases.Saved, tmp_path: Path) -> None:
     path = convert(run, variant(saved(name), tmp_path / name), "F32", "--experts-used", 3)
     keys = gguf.GGUFReader(path).fields
     assert [f.contents() for key, f in keys.items() if key.endswith(".expert_used_count")] == [3]
     assert logits_error(path, name) > 0.05  # two in the golden logits
 
 
-def test_qwen2_mixtures_with_tied_embeddings_get_an_output(run, saved: Saved, tmp_path: Path) -> None:
+def test_qwen2_mixtures_with_tied_embeddings_get_an_output(run, saved: cases.Saved, tmp_path: Path) -> None:
     """llama.cpp's code for them does not load without; its converter leaves the output out."""
     parts = cases.recorded("qwen2moe-6")
     parts.tensors["lm_head.weight"] = parts.tensors["model.embed_tokens.weight"]
@@ -186,8 +185,9 @@ def test_identical_experts(run, tmp_path: Path) -> None:
 OLD_ROPE = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 
-def test_the_rotary_base_in_its_old_place(run, saved: Saved, tmp_path: Path) -> None:
+def test_the_rotary_base_in_its_old_place(run, saved: cases.Saved, tmp_path: Path) -> None:
     old = {"rope_theta": 500000.0, "rope_scaling": {**OLD_ROPE, "original_max_position_embeddings": 32}}
+    old["architectures"] = ["LLaMAForCausalLM"]  # and the family's old name
     directory = variant(saved("llama-rope3"), tmp_path / "llama-rope3", rope_parameters="absent", **old)
     data = convert(run, directory, "F16").read_bytes()
     assert sha256(data) == RECORDED["llama-rope3"]["files"]["F16"]["file"]
@@ -235,7 +235,7 @@ NOTES = {
 
 
 @pytest.mark.parametrize("case", NOTES)
-def test_what_llama_cpp_computes_otherwise_is_told(case: str, run, saved: Saved, tmp_path: Path) -> None:
+def test_what_llama_cpp_computes_otherwise_is_told(case: str, run, saved: cases.Saved, tmp_path: Path) -> None:
     name, changes, message = NOTES[case]
     directory = variant(saved(name), tmp_path / "in", **changes)
     result = run("convert", directory, "--quant", "F32", "--dry-run")

@@ -9,7 +9,6 @@ import architectures as cases
 import numpy as np
 import pytest
 from checkpoints import Parts
-from conftest import Saved
 from test_architectures import variant
 from test_bad_input import refusal
 
@@ -98,12 +97,12 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("case", CONFIGS)
-def test_config(case: str, run, saved: Saved, tmp_path: Path) -> None:
+def test_config(case: str, run, saved: cases.Saved, tmp_path: Path) -> None:
     name, changes, message = CONFIGS[case]
     assert message in refusal(run, variant(saved(name), tmp_path / "in" / "merge", **changes))
 
 
-def test_more_experts_than_there_are(run, saved: Saved) -> None:
+def test_more_experts_than_there_are(run, saved: cases.Saved) -> None:
     result = run("convert", saved("mixtral-head-dim-3"), "--bits", 4, "--dry-run", "--experts-used", 4)
     assert result.exit_code == 2
     assert result.stderr.startswith("gguf-moe: --experts-used 4: ")
@@ -111,7 +110,7 @@ def test_more_experts_than_there_are(run, saved: Saved) -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "mistral-head-dim", "qwen2", "qwen3"])
-def test_experts_of_a_dense_model(name: str, run, saved: Saved) -> None:
+def test_experts_of_a_dense_model(name: str, run, saved: cases.Saved) -> None:
     result = run("convert", saved(name), "--bits", 4, "--dry-run", "--experts-used", 1)
     assert result.exit_code == 2
     assert result.stderr.endswith("config.json is of a dense model, without experts\n")
