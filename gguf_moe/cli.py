@@ -69,7 +69,12 @@ def _request_options(command: Callable) -> Callable:
         click.option("--pure", is_flag=True, help="The file type's main type for all matrices, no mix."),
         click.option("--leave-output-tensor", is_flag=True, help="Keep output.weight in the source's type."),
         click.option("--strict", is_flag=True, help="Refuse a type whose block does not divide a row, no fallback."),
-        click.option("--experts-used", type=click.IntRange(1), metavar="N", help="Experts of a token."),
+        click.option(
+            "--experts-used",
+            type=click.IntRange(1),
+            metavar="N",
+            help="Experts of a token, instead of the model's number.",
+        ),
         click.option("--pre", metavar="NAME", help="llama.cpp's name for the splitting of words by a byte-level BPE."),
         click.option("--chat-template", metavar="FILE|none", help="A chat template in place of the model's, or none."),
         click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set a key."),

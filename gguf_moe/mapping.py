@@ -10,12 +10,12 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from gguf_moe.arch import Architecture, Fused, ModelFacts, Template
-from gguf_moe.checkpoint import Checkpoint, SourceTensor
+from gguf_moe.checkpoint import Checkpoint, ComputedTensor, SourceTensor
 from gguf_moe.errors import GgufMoeError
 
 LISTED_NAMES = 8  # how many absent names an error spells out
@@ -79,15 +79,18 @@ class _Part:
 def map_tensors(checkpoint: Checkpoint, architecture: Architecture, facts: ModelFacts) -> list[MappedTensor]:
     """The output's tensors in the order in which llama.cpp's converter writes them.
 
-    That is: files by name, names inside a file in code point order (after unfusing), a stack of experts where the
-    last of its layer's expert matrices is met. Raises GgufMoeError naming whatever is absent, unknown or misshapen.
+    That is: what is computed, then files by name, names inside a file in code point order (after unfusing), a stack
+    of experts where the last of its layer's expert matrices is met. Raises GgufMoeError naming whatever is absent,
+    unknown or misshapen.
     """
     by_file = [list(_parts(tensors, architecture, facts, checkpoint)) for tensors in checkpoint.files.values()]
     _check_complete([part for parts in by_file for part in parts], architecture, facts, checkpoint)
     _check_one_layout(checkpoint, architecture)
+    if architecture.needs_output:
+        _add_output(by_file, architecture)
     stacked = [template for template in architecture.templates if template.stacked]
     stacks: dict[int, dict[tuple[str, int], Slab]] = {}
-    mapped: list[MappedTensor] = []
+    mapped = _computed(checkpoint, facts)
     for parts in by_file:
         for part in sorted(parts, key=lambda p: p.name):
             if part.expert is None:
@@ -102,13 +105,33 @@ def map_tensors(checkpoint: Checkpoint, architecture: Architecture, facts: Model
     return mapped
 
 
+def _computed(checkpoint: Checkpoint, facts: ModelFacts) -> list[MappedTensor]:
+    """The tensors that follow from the config alone."""
+    divisors = facts.rope.frequency_divisors(facts.head_size)
+    if divisors is None:
+        return []
+    name = "rope_freqs.weight"
+    source = ComputedTensor(name, "F32", divisors.shape, checkpoint.config.path, 0, divisors)
+    return [MappedTensor(name, "rope_freqs", None, divisors.shape, (Slab(source, 0, 1),))]
+
+
+def _add_output(by_file: list[list[_Part]], architecture: Architecture) -> None:
+    """Where the output is tied to the embedding but llama.cpp wants both: the embedding once more, as the output."""
+    embedding, output = (next(t for t in architecture.templates if t.role == role) for role in ("token_embd", "output"))
+    if any(part.template is output for parts in by_file for part in parts):
+        return
+    for parts in by_file:
+        slabs = [part.slab for part in parts if part.template is embedding]
+        parts += [_Part(output.source, output, None, None, slab) for slab in slabs]
+
+
 def _mapped(template: Template, layer: int | None, slabs: list[Slab]) -> MappedTensor:
     source = slabs[0].source
     shape: tuple[int, ...] = (slabs[0].rows, source.columns)
     if template.stacked:
         shape = (len(slabs), *shape)
-    elif len(source.shape) == 1:
-        shape = source.shape
+    elif len(template.shape) == 1:
+        shape = (slabs[0].rows * source.columns,)
     return MappedTensor(template.target.format(layer=layer), template.role, layer, shape, tuple(slabs))
 
 
@@ -137,7 +160,10 @@ def _parts(
         if isinstance(kind, Fused):
             yield from _unfuse(tensor, kind, numbers["layer"], templates, facts)
         else:
+            _check_layer(tensor, kind, numbers.get("layer"), facts)
             _check_shape(tensor, tuple(facts.size(name) for name in kind.shape))
+            if kind.rotary and len(tensor.shape) == 1:  # a bias, whose elements are reordered as rows are
+                tensor = replace(tensor, shape=(*tensor.shape, 1))
             slab = Slab(tensor, 0, tensor.shape[0] if len(tensor.shape) > 1 else 1, _heads(kind, facts))
             name = kind.source.format(**numbers)
             yield _Part(name, kind, numbers.get("layer"), numbers.get("expert"), slab)
@@ -147,6 +173,7 @@ def _unfuse(
     tensor: SourceTensor, fused: Fused, layer: int, templates: dict[str, Template], facts: ModelFacts
 ) -> Iterator[_Part]:
     """The expert matrices inside a fused tensor [experts, rows of all parts, columns], as slabs of its rows."""
+    _check_layer(tensor, templates[fused.parts[0]], layer, facts)
     shapes = [tuple(facts.size(name) for name in templates[part].shape) for part in fused.parts]
     rows = sum(shape[0] for shape in shapes)
     _check_shape(tensor, (facts.experts, rows, shapes[0][1]))
@@ -166,13 +193,21 @@ def _heads(template: Template, facts: ModelFacts) -> int | None:
 def _check_numbers(tensor: SourceTensor, numbers: dict[str, int], facts: ModelFacts, checkpoint: Checkpoint) -> None:
     for kind, key, count in (
         ("layer", "num_hidden_layers", facts.layers),
-        ("expert", "num_local_experts", facts.experts),
+        ("expert", facts.experts_key, facts.experts),
     ):
-        if numbers.get(kind, 0) >= count:
+        if kind in numbers and numbers[kind] >= count:
             raise GgufMoeError(
                 f"{tensor.file}: tensor {tensor.name} is of {kind} {numbers[kind]}, "
                 f"but {checkpoint.config.path.name} says {key} = {count}"
             )
+
+
+def _check_layer(tensor: SourceTensor, template: Template, layer: int | None, facts: ModelFacts) -> None:
+    if layer is not None and layer not in template.layers(facts):
+        raise GgufMoeError(
+            f"{tensor.file}: tensor {tensor.name} does not belong in layer {layer}: config.json says that the first "
+            f"{facts.dense_layers} layers are dense and the others have experts"
+        )
 
 
 def _check_shape(tensor: SourceTensor, expected: tuple[int, ...]) -> None:
@@ -184,7 +219,7 @@ def _check_shape(tensor: SourceTensor, expected: tuple[int, ...]) -> None:
 
 
 def _check_complete(parts: list[_Part], architecture: Architecture, facts: ModelFacts, checkpoint: Checkpoint) -> None:
-    """Every required tensor once; the error lists what is absent."""
+    """Every required tensor once, others in all layers or in none; the error lists what is absent."""
     counts = Counter(part.name for part in parts)
     twice = next((name for name, count in counts.items() if count > 1), None)
     if twice:
@@ -192,16 +227,16 @@ def _check_complete(parts: list[_Part], architecture: Architecture, facts: Model
         raise GgufMoeError(f"{checkpoint.directory}: tensor {twice} is there twice, as {' and '.join(holders)}")
     absent = []
     for template in architecture.templates:
-        if not template.required:
-            continue
-        layers = range(facts.layers) if "{layer}" in template.source else [None]
+        layers = template.layers(facts) if "{layer}" in template.source else [None]
         experts = range(facts.experts) if template.stacked else [None]
         names = [template.source.format(layer=layer, expert=expert) for layer in layers for expert in experts]
-        absent += [name for name in names if name not in counts]
+        missing = [name for name in names if name not in counts]
+        if template.required or len(missing) < len(names):
+            absent += missing
     if absent:
         raise GgufMoeError(
             f"{checkpoint.directory}: {absent_text(absent)} (config.json says "
-            f"{facts.layers} layers of {facts.experts} experts)"
+            f"{facts.layers} layers{f' of {facts.experts} experts' if facts.experts else ''})"
         )
 
 

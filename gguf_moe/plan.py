@@ -111,14 +111,14 @@ def make_plan(
 
 def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: Request) -> Plan:
     architecture = find_architecture(checkpoint.config)
-    facts = architecture.facts(checkpoint.config)
+    facts = architecture.facts(checkpoint.config, request.experts_used)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
     vocabulary = read_vocabulary(
         checkpoint.directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template
     )
     by_quantizer = _by_quantizer(file_type, request)
     tied = not any(tensor.role == "output" for tensor in mapped)
-    recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied)
+    recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied, architecture.name)
     tensors, rule_warnings = _place(mapped, file_type, recipe_facts, request)
     metadata, metadata_warnings = read_metadata(checkpoint.directory, mapped, request)
     try:
@@ -138,7 +138,7 @@ def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: 
         tensors,
         header,
         _default_name(keys, mapped, request, file_type),
-        (*vocabulary.notes, *metadata_warnings, *key_warnings, *rule_warnings),
+        (*facts.notes, *vocabulary.notes, *metadata_warnings, *key_warnings, *rule_warnings),
         _overridden(request),
     )
 
@@ -290,8 +290,7 @@ def _keys(
     architecture.add_keys(writer, facts)
     if not by_quantizer:
         writer.add_file_type(file_type.id)
-    writer.add_vocab_size(facts.vocabulary)
-    writer.add_rope_dimension_count(facts.head_size)
+    architecture.add_last_keys(writer, facts)
     if not by_quantizer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     vocabulary.add_keys(writer)

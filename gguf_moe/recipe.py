@@ -64,7 +64,7 @@ BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "Q8_0", 
 
 KEPT = "kept"  # the role of a tensor that keeps the type that it has; as a file type's default, all do
 # Tensors of these roles stay F32, whatever the file type; from a GGUF file, what they are.
-FIXED_ROLES = ("norm", "router", KEPT)
+FIXED_ROLES = ("norm", "bias", "rope_freqs", "router", "shared_gate", KEPT)
 
 # Where a row is no multiple of the type's block, the type that llama.cpp takes instead; then F16.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
@@ -178,8 +178,8 @@ def find_file_type(name: str) -> FileType:
 def choose_type(file_type: FileType, role: str, index: int, columns: int, facts: RecipeFacts) -> Choice:
     """The type of one tensor of `columns` columns.
 
-    `index` is the position among the tensors of that role (the layer number, as long as every layer has one).
-    Norms and the router always stay F32.
+    `index` is the position among the tensors of that role in the quantizer's order; for ffn_down of a model of two
+    or more experts, the layer number. Norms, biases, routers and the like always stay F32.
     """
     if role in FIXED_ROLES:
         return Choice("F32", "F32")

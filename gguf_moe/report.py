@@ -106,7 +106,9 @@ def gguf_text(facts: dict[str, Any], *, tensors: bool) -> str:
         printable(f"{facts['file']}: {facts['file_type']}")
         + f", {size_text(facts['size_bytes'])}, {facts['weights']} weights"
         + (f", {bits:.2f} bits per weight" if bits is not None else ""),
-        printable(f"experts: {facts['experts']}, of which {facts['experts_used']} are used for a token"),
+        printable(f"experts: {facts['experts']}, of which {facts['experts_used']} are used for a token")
+        if facts["experts"]
+        else "experts: none",
     ]
     if facts["types"]:
         rows: list[Sequence[object]] = [("type", "tensors", "weights", "bytes", "share")]

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import architectures
 import pytest
 from checkpoints import DATA, MERGE
 from click.testing import CliRunner, Result
@@ -46,5 +47,18 @@ def made(run: RunCli, merges: dict[str, Path], tmp_path_factory: pytest.TempPath
             result = run("convert", merges[variant], "--quant", quant, "-o", path)
             assert result.exit_code == 0, result.output
         return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> architectures.Saved:
+    """saved("qwen3"): the checkpoint of that case of `architectures`, made once a session."""
+    directory = tmp_path_factory.mktemp("architectures")
+
+    def make(name: str) -> Path:
+        if not (directory / name).exists():
+            architectures.save(architectures.recorded(name), directory / name)
+        return directory / name
 
     return make

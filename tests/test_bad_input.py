@@ -71,7 +71,7 @@ DOWN = "model.layers.0.mlp.experts.down_proj"
 CONFIG = {
     "architecture": (
         {"architectures": ["PhiForCausalLM"]},
-        "config.json: architecture 'PhiForCausalLM' is not supported, expected MixtralForCausalLM",
+        "config.json: architecture 'PhiForCausalLM' is not supported, expected one of MixtralForCausalLM, MistralFor",
     ),
     "no architecture": ({"architectures": None}, "config.json: architecture None is not supported"),
     "quantized": ({"quantization_config": {"quant_method": "gptq"}}, "already quantized (gptq)"),
@@ -83,7 +83,12 @@ CONFIG = {
         {"num_experts_per_tok": 5},
         "num_experts_per_tok is 5, but there are 4 experts (num_local_experts); llama.cpp aborts on such a file",
     ),
-    "one expert": ({"num_local_experts": 1}, "num_local_experts is 1, expected 2 to 128"),
+    "one expert": (
+        {"num_local_experts": 1},
+        "num_experts_per_tok is 2, but there are 1 experts (num_local_experts); llama.cpp aborts on such a file: use "
+        "--experts-used 1",
+    ),
+    "no expert": ({"num_local_experts": 0}, "num_local_experts is 0, expected an integer of at least 1"),
     "text for a number": ({"hidden_size": "256"}, "hidden_size is '256', expected an integer of at least 1"),
     "zero heads": ({"num_attention_heads": 0}, "num_attention_heads is 0, expected an integer of at least 1"),
     "heads not in groups": (
@@ -94,7 +99,7 @@ CONFIG = {
     "activation": ({"hidden_act": "relu"}, "hidden_act is 'relu', but llama.cpp computes 'silu'"),
     "vanishing epsilon": ({"rms_norm_eps": 1e-60}, "rms_norm_eps is 1e-60, expected a positive 32-bit number"),
     "odd head size": ({"head_dim": 63}, "a head size of 63 is odd"),
-    "rope type": ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type 'yarn' is not supported yet"),
+    "rope type": ({"rope_parameters": {"rope_type": "x"}}, "rope_type 'x' is not known to llama.cpp in this"),
     "more layers": ({"num_hidden_layers": 5}, "tensors are absent: model.layers.4."),
     "fewer layers": ({"num_hidden_layers": 3}, "is of layer 3, but config.json says num_hidden_layers = 3"),
     "vocabulary": (

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from gguf_moe.arch import llama
+from gguf_moe.arch import deepseek, llama, qwen2, qwen2moe, qwen3, qwen3moe
 from gguf_moe.arch.base import Architecture, Fused, ModelFacts, Template
 from gguf_moe.checkpoint import Config
 from gguf_moe.errors import GgufMoeError
 
 __all__ = ["ARCHITECTURES", "Architecture", "Fused", "ModelFacts", "Template", "find_architecture"]
 
-ARCHITECTURES: dict[str, Architecture] = {name: family for family in (llama.ARCHITECTURE,) for name in family.hf_names}
+_FAMILIES = (
+    llama.MIXTRAL,
+    llama.MISTRAL,
+    llama.LLAMA,
+    qwen2moe.ARCHITECTURE,
+    qwen3moe.ARCHITECTURE,
+    deepseek.ARCHITECTURE,
+    qwen2.ARCHITECTURE,
+    qwen3.ARCHITECTURE,
+)
+ARCHITECTURES: dict[str, Architecture] = {name: family for family in _FAMILIES for name in family.hf_names}
 
 
 def find_architecture(config: Config) -> Architecture:
@@ -18,7 +28,7 @@ def find_architecture(config: Config) -> Architecture:
     name = names[0] if isinstance(names, list) and names else None
     if not isinstance(name, str) or name not in ARCHITECTURES:
         raise GgufMoeError(
-            f"{config.path}: architecture {name!r} is not supported, expected {' or '.join(ARCHITECTURES)}"
+            f"{config.path}: architecture {name!r} is not supported, expected one of {', '.join(ARCHITECTURES)}"
         )
     if config.values.get("quantization_config"):
         method = config.values["quantization_config"]
