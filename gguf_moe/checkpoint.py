@@ -74,7 +74,7 @@ class SourceTensor:
 class ComputedTensor(SourceTensor):
     """A float32 tensor that no file holds: its values follow from `file`, the config."""
 
-    values: np.ndarray = field(compare=False, repr=False)
+    values: np.ndarray = field(kw_only=True, compare=False, repr=False)
 
     def matrix(self) -> np.ndarray:
         """The values as a matrix [rows, columns]."""

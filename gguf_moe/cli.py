@@ -73,7 +73,7 @@ def _request_options(command: Callable) -> Callable:
             "--experts-used",
             type=click.IntRange(1),
             metavar="N",
-            help="Experts of a token, instead of the model's number.",
+            help="Experts of a token, instead of the model's.",
         ),
         click.option("--pre", metavar="NAME", help="llama.cpp's name for the splitting of words by a byte-level BPE."),
         click.option("--chat-template", metavar="FILE|none", help="A chat template in place of the model's, or none."),

@@ -111,7 +111,7 @@ def _computed(checkpoint: Checkpoint, facts: ModelFacts) -> list[MappedTensor]:
     if divisors is None:
         return []
     name = "rope_freqs.weight"
-    source = ComputedTensor(name, "F32", divisors.shape, checkpoint.config.path, 0, divisors)
+    source = ComputedTensor(name, "F32", divisors.shape, checkpoint.config.path, 0, values=divisors)
     return [MappedTensor(name, "rope_freqs", None, divisors.shape, (Slab(source, 0, 1),))]
 
 
