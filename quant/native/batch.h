@@ -24,7 +24,10 @@ struct batch {
     int importance; /* given */
     int searched;   /* or encoded directly */
     const float *x; /* of `own`, or where the caller has them */
-    float own[BATCH_WEIGHTS], im[BATCH_WEIGHTS];
+    float own[BATCH_WEIGHTS];
+    vf im[BATCH_WEIGHTS / LANES]; /* lane-major, of `im_count` weights from column `im_column` on */
+    int64_t im_column;
+    int im_count;
     float sigma2[SUBS]; /* one for each sub-block, the same within a block */
     float scale[SUBS], offset[SUBS], weight[SUBS];
     float s[SUBS], shift[SUBS]; /* the rule for the codes, see search.h */
@@ -58,6 +61,27 @@ static void widen_run(const struct quant_source *src, int64_t row, int64_t colum
         widen(src->type == QUANT_F16, p, n, dst);
 }
 
+/* The importance of the n weights from a column on, going round the row; the same for all rows, so often there already */
+static void fill_importance(struct batch *b, const struct quant_source *src, int64_t column, int n) {
+    const int tile = WIDTH * b->n;
+    float rows[SUB_MAX * WIDTH];
+    if (b->im_column == column && b->im_count >= n)
+        return;
+    b->im_column = column;
+    b->im_count = n;
+    for (int t = 0; t * tile < n; t++) {
+        for (int filled = 0; filled < tile;) { /* the last tile is filled up, for lanes that nobody looks at */
+            int64_t run = src->columns - column;
+            if (run > tile - filled)
+                run = tile - filled;
+            memcpy(rows + filled, src->importance + column, sizeof(float) * (size_t)run);
+            filled += (int)run;
+            column = (column + run) % src->columns;
+        }
+        to_lanes(b->n, rows, b->im + t * b->n * GROUPS);
+    }
+}
+
 /* Fill the batch with up to `blocks` blocks, moving the cursor; the rest up to a whole tile is zeros. row_sigma2: of rows
  * row0, row0 + 1, ... for the formats whose statistic is that of the row, or NULL. */
 static void fill_batch(struct batch *b, struct cursor *at, int64_t blocks, const float *row_sigma2, int64_t row0) {
@@ -72,14 +96,14 @@ static void fill_batch(struct batch *b, struct cursor *at, int64_t blocks, const
     /* what is to be padded must be ours; and for a search copying pays as prefetching */
     copied = b->searched || wanted < BATCH_WEIGHTS || !in_place(src, at, wanted);
     b->x = copied ? b->own : (const float *)(const void *)place(src, at->row, at->column);
+    if (b->importance)
+        fill_importance(b, src, at->column, wanted);
     while (filled < wanted) {
         int64_t run = src->columns - at->column;
         if (run > wanted - filled)
             run = wanted - filled;
         if (copied)
             widen_run(src, at->row, at->column, run, b->own + filled);
-        if (b->importance)
-            memcpy(b->im + filled, src->importance + at->column, sizeof(float) * (size_t)run);
         if (row_sigma2)
             for (int64_t j = filled / b->n; j < (filled + run) / b->n; j++)
                 b->sigma2[j] = row_sigma2[at->row - row0];
@@ -96,8 +120,6 @@ static void fill_batch(struct batch *b, struct cursor *at, int64_t blocks, const
     if (padded > BATCH_WEIGHTS)
         padded = BATCH_WEIGHTS;
     memset(b->own + wanted, 0, sizeof(float) * (size_t)(padded - wanted));
-    if (b->importance)
-        memset(b->im + wanted, 0, sizeof(float) * (size_t)(padded - wanted));
     for (int j = b->subs; j < padded / b->n; j++)
         b->sigma2[j] = 0;
 }
@@ -165,13 +187,14 @@ static void weigh(struct batch *b, int tile, enum weighing kind, const vf *x, vf
         for (int i = 0; i < n; i++)
             EACH_GROUP w[i * GROUPS + g] = sum[g] + magnitude(x[i * GROUPS + g]);
     } else {
-        to_lanes(n, b->im + tile * WIDTH * n, w);
-        if (kind == BY_STATISTIC)
-            for (int i = 0; i < n; i++)
-                EACH_GROUP {
-                    const vf xi = x[i * GROUPS + g];
+        const vf *im = b->im + tile * n * GROUPS;
+        for (int i = 0; i < n; i++)
+            EACH_GROUP {
+                const vf xi = x[i * GROUPS + g];
+                w[i * GROUPS + g] = im[i * GROUPS + g];
+                if (kind == BY_STATISTIC)
                     w[i * GROUPS + g] *= root(load(b->sigma2 + tile * WIDTH + g * LANES) + xi * xi);
-                }
+            }
     }
     if (b->importance)
         EACH_GROUP {

@@ -26,14 +26,26 @@ struct direct {
     float r[LANES], lo[LANES];
 };
 
-/* d = m / -N from the value of largest magnitude (Q4_0, Q5_0) */
-INLINE void direct_symmetric(const vf *x, int N, struct direct *out) {
+/* The value of largest magnitude where v and -v both have it: the first of them */
+NOINLINE vf first_extreme(const vf *x) {
     vf a = splat(0), m = splat(0);
     for (int i = 0; i < 32; i++) {
         const vf size = magnitude(x[i]);
         m = select(GREATER(size, a), x[i], m);
         a = larger(size, a);
     }
+    return m;
+}
+/* d = m / -N from the value of largest magnitude (Q4_0, Q5_0) */
+INLINE void direct_symmetric(const vf *x, int N, struct direct *out) {
+    vf lo = splat(0), hi = splat(0);
+    for (int i = 0; i < 32; i++) {
+        lo = smaller(x[i], lo);
+        hi = larger(x[i], hi);
+    }
+    vf m = select(GREATER(hi, -lo), hi, lo);
+    if (any(EQUAL(hi, -lo) & GREATER(hi, splat(0))))
+        m = first_extreme(x);
     const vf d = m / splat((float)-N);
     store_int(out->d, half_bits(d));
     store(out->r, inverse(d));

@@ -61,6 +61,8 @@ static void encode(int format, const struct quant_source *src, uint8_t *dst) {
     b.block = quant_block_length(format);
     b.n = format == QUANT_Q2_K || format == QUANT_Q3_K || format == QUANT_Q6_K ? 16 : 32;
     b.importance = src->importance != NULL && format != QUANT_Q8_0;
+    b.im_column = -1;
+    b.im_count = 0;
     b.searched = b.importance || b.block == 256 || format == QUANT_IQ4_NL;
     if (b.importance && b.block == 32 && format != QUANT_IQ4_NL) { /* their statistic is that of the whole row */
         for (int64_t row = 0; row < src->rows; row += LANES) {
