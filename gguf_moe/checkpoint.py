@@ -69,6 +69,10 @@ class SourceTensor:
         rows = math.prod(self.shape[:-1])
         return map_file(self.file, dtype, self.offset, (rows, self.columns))
 
+    def raw(self) -> np.ndarray:
+        """The rows as they stand in the file, not decoded: [rows, elements or bytes of a row]."""
+        return self.matrix()
+
 
 @dataclass(frozen=True)
 class ComputedTensor(SourceTensor):
