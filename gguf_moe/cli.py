@@ -40,10 +40,10 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except GgufMoeError as error:
-            click.echo(f"gguf-moe: {report.printable(str(error))}", err=True)
+            click.echo(f"gguf-moe: {report.one_line(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:  # a path that is too long, or that may not be looked at
-            click.echo(f"gguf-moe: {report.printable(str(error))}", err=True)
+            click.echo(f"gguf-moe: {report.one_line(str(error))}", err=True)
             ctx.exit(1)
 
 
@@ -137,14 +137,15 @@ def convert(
     target = output or (model if model.name not in ("", "..") else model.resolve()).parent
     if target.is_dir():
         target = target / plan.default_name
+    if not dry_run:
+        check_target(plan, target, force=force)
     for warning in plan.warnings:
-        click.echo(f"gguf-moe: warning: {report.printable(warning)}", err=True)
+        click.echo(f"gguf-moe: warning: {report.one_line(warning)}", err=True)
     duplicates = find_duplicates(plan)
     if dry_run:
         click.echo("\n".join([report.plan_text(plan), *duplicates.notes()]))
         click.echo(f"would be written to {target}")
         return
-    check_target(plan, target, force=force)
     started = time.monotonic()
     with _progress(plan.data_bytes) as show:
         run_plan(plan, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
@@ -160,7 +161,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     """Show metadata, experts, types and bits per weight of a GGUF FILE."""
     facts = report.gguf_facts(read_gguf(file))
     for warning in report.name_warnings(facts):
-        click.echo(f"gguf-moe: warning: {report.printable(warning)}", err=True)
+        click.echo(f"gguf-moe: warning: {report.one_line(warning)}", err=True)
     click.echo(json.dumps(facts, indent=1) if as_json else report.gguf_text(facts, tensors=tensors))
 
 

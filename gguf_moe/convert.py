@@ -130,7 +130,7 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
         raise GgufMoeError(f"{path}: is the input itself; name another file with --output")
     if path.exists() and not path.is_file():
         raise GgufMoeError(f"{path}: is no regular file, expected a file name")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:  # a link to nowhere too
         raise GgufMoeError(f"{path}: exists; use --force to replace it")
     if path.exists() and path.suffix != ".gguf" and path.resolve().parent == plan.directory.resolve():
         raise GgufMoeError(f"{path}: is a file of the checkpoint itself")
