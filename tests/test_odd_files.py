@@ -136,6 +136,12 @@ def test_a_link_to_nowhere_is_a_taken_name(run, tmp_path: Path) -> None:
     assert (result.exit_code, result.stderr) == (1, f"gguf-moe: {target}: exists; use --force to replace it\n")
 
 
+def test_a_directory_that_is_missing_does_not_become_a_file(run, tmp_path: Path) -> None:
+    result = run("convert", MERGE, "--bits", 4, "-o", f"{tmp_path}/converted/")
+    assert (result.exit_code, result.stderr) == (2, f"gguf-moe: --output {tmp_path}/converted/: no such directory\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 # Files that people edit -> keys that are read from them.
 KEYS = {
     "config.json": (
