@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -68,6 +69,10 @@ class SourceTensor:
         dtype, _ = SOURCE_DTYPES[self.dtype]
         rows = math.prod(self.shape[:-1])
         return map_file(self.file, dtype, self.offset, (rows, self.columns))
+
+    def raw(self) -> np.ndarray:
+        """The rows as they stand in the file, not decoded: [rows, elements or bytes of a row]."""
+        return self.matrix()
 
 
 @dataclass(frozen=True)
@@ -152,6 +157,8 @@ def open_checkpoint(directory: Path) -> Checkpoint:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; GgufMoeError when it is missing, not JSON or not an object."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for, a device never end
+        raise GgufMoeError(f"{path}: is no regular file, expected one with a JSON object")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -161,6 +168,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise GgufMoeError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
     return value
+
+
+def read_optional_json(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, {} when nothing has that name; a link to nowhere is a lost file, and refused."""
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 def read_safetensors_header(path: Path) -> list[SourceTensor]:

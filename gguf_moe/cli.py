@@ -40,10 +40,10 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except GgufMoeError as error:
-            click.echo(f"gguf-moe: {report.printable(str(error))}", err=True)
+            click.echo(f"gguf-moe: {report.one_line(str(error))}", err=True)
             ctx.exit(error.exit_code)
         except OSError as error:  # a path that is too long, or that may not be looked at
-            click.echo(f"gguf-moe: {report.printable(str(error))}", err=True)
+            click.echo(f"gguf-moe: {report.one_line(str(error))}", err=True)
             ctx.exit(1)
 
 
@@ -109,7 +109,7 @@ def _as_request(
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--bits", type=click.Choice([str(b) for b in BITS]), help="Bits a weight; short for a usual --quant.")
 @click.option("--quant", "quant_name", metavar="NAME", help="A file type of llama.cpp, as Q4_K_M or BF16, in any case.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="File or directory; by default beside MODEL.")
+@click.option("-o", "--output", metavar="PATH", help="File or directory; by default beside MODEL.")
 @click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, tensor by tensor, and write nothing.")
@@ -118,7 +118,7 @@ def convert(
     model: Path,
     bits: str | None,
     quant_name: str | None,
-    output: Path | None,
+    output: str | None,
     threads: int | None,
     force: bool,
     dry_run: bool,
@@ -127,6 +127,8 @@ def convert(
 ) -> None:
     """Convert MODEL to one GGUF file: the directory of a merge (config.json, tokenizer, safetensors), or a GGUF file,
     the first shard if there are several. A GGUF file keeps its tensors' types unless --bits or --quant is given."""
+    if output and output.endswith("/") and not Path(output).is_dir():  # else a file of that name would be written
+        raise UsageError(f"--output {output}: no such directory")
     asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
     is_gguf = model.is_file() or (model.suffix == ".gguf" and not model.is_dir())
     file_type = asked_recipe.file_type
@@ -134,17 +136,18 @@ def convert(
         file_type = _asked_file_type(bits, quant_name, file_type)
     source = open_gguf(model) if is_gguf else open_checkpoint(model)
     plan = make_plan(source, file_type, _as_request(asked_recipe, **asked))
-    target = output or (model if model.name not in ("", "..") else model.resolve()).parent
+    target = Path(output) if output else (model if model.name not in ("", "..") else model.resolve()).parent
     if target.is_dir():
         target = target / plan.default_name
+    if not dry_run:
+        check_target(plan, target, force=force)
     for warning in plan.warnings:
-        click.echo(f"gguf-moe: warning: {report.printable(warning)}", err=True)
+        click.echo(f"gguf-moe: warning: {report.one_line(warning)}", err=True)
     duplicates = find_duplicates(plan)
     if dry_run:
         click.echo("\n".join([report.plan_text(plan), *duplicates.notes()]))
         click.echo(f"would be written to {target}")
         return
-    check_target(plan, target, force=force)
     started = time.monotonic()
     with _progress(plan.data_bytes) as show:
         run_plan(plan, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
@@ -160,7 +163,7 @@ def inspect(file: Path, tensors: bool, as_json: bool) -> None:
     """Show metadata, experts, types and bits per weight of a GGUF FILE."""
     facts = report.gguf_facts(read_gguf(file))
     for warning in report.name_warnings(facts):
-        click.echo(f"gguf-moe: warning: {report.printable(warning)}", err=True)
+        click.echo(f"gguf-moe: warning: {report.one_line(warning)}", err=True)
     click.echo(json.dumps(facts, indent=1) if as_json else report.gguf_text(facts, tensors=tensors))
 
 

@@ -58,14 +58,14 @@ def convert(
     *,
     threads: int | None = None,
     force: bool = False,
-    twins: Mapping[Slab, Twin] | None = None,
+    twins: Mapping[tuple[str, Slab], Twin] | None = None,
     on_progress: Callable[[Progress], None] | None = None,
 ) -> None:
     """Write the planned file to `path`: whole, or not at all.
 
-    threads: how many encode at once, all cores by default; the bytes do not depend on it. twins: slabs
-    that are likely the same as an earlier one, whose bytes are taken over where they are. Raises GgufMoeError before
-    writing when `path` exists (without `force`) or the disk lacks space, and while writing for a weight that is not
+    threads: how many encode at once, all cores by default; the bytes do not depend on it. twins: (tensor, slab) that
+    is likely the same as an earlier one, whose bytes are taken over where they are. Raises GgufMoeError before writing
+    when `path` exists (without `force`) or the disk lacks space, and while writing for a weight that is not
     finite, or that its type cannot hold.
     """
     check_target(plan, path, force=force)
@@ -96,7 +96,7 @@ def _reread(file: BinaryIO, data_start: int, piece: _Piece) -> bytes:
 
 
 def _encoded(
-    plan: Plan, threads: int, twins: Mapping[Slab, Twin]
+    plan: Plan, threads: int, twins: Mapping[tuple[str, Slab], Twin]
 ) -> Generator[tuple[_Piece, np.ndarray | None], None, None]:
     """The pieces in the file's order with their bytes, a few encoded ahead by each thread; None: the twin's bytes."""
     waiting: deque[tuple[_Piece, Future[np.ndarray | None]]] = deque()
@@ -113,12 +113,13 @@ def _encoded(
             pool.shutdown(cancel_futures=True)
 
 
-def _pieces(plan: Plan, twins: Mapping[Slab, Twin]) -> Iterator[_Piece]:
+def _pieces(plan: Plan, twins: Mapping[tuple[str, Slab], Twin]) -> Iterator[_Piece]:
     for tensor in plan.tensors:
         rows_at_once = max(1, PIECE_WEIGHTS // tensor.mapped.shape[-1])
         for slab in tensor.mapped.slabs:
+            twin = twins.get((tensor.info.name, slab))
             for start in range(0, slab.rows, rows_at_once):
-                yield _Piece(tensor, slab, start, min(start + rows_at_once, slab.rows), twins.get(slab))
+                yield _Piece(tensor, slab, start, min(start + rows_at_once, slab.rows), twin)
 
 
 def check_target(plan: Plan, path: Path, *, force: bool) -> None:
@@ -129,7 +130,7 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
         raise GgufMoeError(f"{path}: is the input itself; name another file with --output")
     if path.exists() and not path.is_file():
         raise GgufMoeError(f"{path}: is no regular file, expected a file name")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:  # a link to nowhere too
         raise GgufMoeError(f"{path}: exists; use --force to replace it")
     if path.exists() and path.suffix != ".gguf" and path.resolve().parent == plan.directory.resolve():
         raise GgufMoeError(f"{path}: is a file of the checkpoint itself")

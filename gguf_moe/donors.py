@@ -49,21 +49,25 @@ def _merged(config: dict[str, Any]) -> Iterator[str]:
     """Ids of the merged models in the configuration's order: experts, or models, or sources of slices."""
     for section, key in (("experts", "source_model"), ("shared_experts", "source_model"), ("models", "model")):
         yield from _ids(config.get(section), key)
-    for part in config.get("slices") or ():
-        yield from _ids(part.get("sources") if isinstance(part, dict) else None, "model")
+    for part in _mappings(config.get("slices")):
+        yield from _ids(part.get("sources"), "model")
 
 
 def _ids(section: Any, key: str) -> Iterator[str]:
-    for item in section if isinstance(section, list) else ():
-        if isinstance(item, dict) and (name := _model_id(item.get(key))):
+    for item in _mappings(section):
+        if name := _model_id(item.get(key)):
             yield name
+
+
+def _mappings(section: Any) -> list[dict]:
+    return [item for item in section if isinstance(item, dict)] if isinstance(section, list) else []
 
 
 def _model_id(reference: Any) -> str | None:
     """org/name of a reference of mergekit's: no revision, no LoRA. Of a path on the merger's disk the last part only,
     since the rest is nobody else's business."""
-    while isinstance(reference, dict):
-        reference = reference.get("model", reference.get("path"))
+    if isinstance(reference, dict):
+        return _model_id(reference.get("model", reference.get("path")))
     if not isinstance(reference, str):
         return None
     name = reference.split("+")[0].split("@")[0].strip().replace("\\", "/").rstrip("/")

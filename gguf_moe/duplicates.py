@@ -32,12 +32,12 @@ class Duplicates:
     """What is there more than once, as far as sampled.
 
     experts: number of an expert -> the first that is the same in all layers. tied: output.weight is the embedding.
-    twins: the slabs whose bytes need not be encoded again.
+    twins: (tensor, slab) whose bytes need not be encoded again; one slab may be in two tensors.
     """
 
     experts: dict[int, int] = field(default_factory=dict)
     tied: bool = False
-    twins: dict[Slab, Twin] = field(default_factory=dict, repr=False)
+    twins: dict[tuple[str, Slab], Twin] = field(default_factory=dict, repr=False)
 
     def notes(self) -> list[str]:
         """A line for each finding, for a person."""
@@ -48,10 +48,7 @@ class Duplicates:
             once = "; they are encoded once" if self.twins else ""
             lines.append(f"experts {listed} are identical in all layers by their sampled rows{once}")
         if self.tied:
-            lines.append(
-                "output.weight is identical to token_embd.weight by its sampled rows; llama.cpp runs the model without "
-                "it too, but the checkpoint has it, so it is written"
-            )
+            lines.append("output.weight is identical to token_embd.weight by its sampled rows; both are written")
         return lines
 
 
@@ -63,24 +60,25 @@ def find_duplicates(plan: Plan) -> Duplicates:
     for tensor in filter(_searched, stacks):
         slabs, nbytes = tensor.mapped.slabs, tensor.info.nbytes // len(tensor.mapped.slabs)
         for expert, first in experts.items():
-            twins[slabs[expert]] = Twin(slabs[first], tensor.info.offset + first * nbytes)
+            twins[tensor.info.name, slabs[expert]] = Twin(slabs[first], tensor.info.offset + first * nbytes)
     ends = [tensor for tensor in plan.tensors if tensor.mapped.role in ("output", "token_embd")]
     tied = len(ends) == 2 and len({_fingerprint(t.mapped.slabs[0], SAMPLES_OF_VOCABULARY) for t in ends}) == 1
     if tied and ends[0].info.type == ends[1].info.type and _searched(ends[0]):
-        twins[ends[1].mapped.slabs[0]] = Twin(ends[0].mapped.slabs[0], ends[0].info.offset)
+        twins[ends[1].info.name, ends[1].mapped.slabs[0]] = Twin(ends[0].mapped.slabs[0], ends[0].info.offset)
     return Duplicates(experts, tied, twins)
 
 
 def _searched(tensor: TensorPlan) -> bool:
     """Whether its type takes a search to encode: the others are written faster than they are compared."""
-    return FORMATS[tensor.info.type].block_length > 1
+    copied = all(slab.source.type == tensor.info.type for slab in tensor.mapped.slabs)
+    return not copied and FORMATS[tensor.info.type].block_length > 1
 
 
 def same_rows(slab: Slab, other: Slab, start: int, stop: int) -> bool:
-    """Whether rows [start, stop) of two slabs are the same, bit by bit."""
-    ours, theirs = (s.read(s.source.matrix(), start, stop) for s in (slab, other))
+    """Whether rows [start, stop) of two slabs are the same in their files, bit by bit."""
+    ours, theirs = (s.read(s.source.raw(), start, stop) for s in (slab, other))
     bits = np.dtype(f"u{ours.dtype.itemsize}")  # as numbers, -0 would equal 0 and NaN nothing
-    return slab.source.dtype == other.source.dtype and np.array_equal(ours.view(bits), theirs.view(bits))
+    return slab.source.type == other.source.type and np.array_equal(ours.view(bits), theirs.view(bits))
 
 
 def _repeated_experts(stacks: list[TensorPlan]) -> dict[int, int]:
@@ -102,7 +100,7 @@ def _split(group: list[int], tensor: TensorPlan) -> Iterable[list[int]]:
 
 
 def _fingerprint(slab: Slab, count: int) -> Hashable:
-    """Shape, dtype and `count` rows from first to last."""
-    matrix = slab.source.matrix()
+    """Shape, type and `count` rows from first to last."""
+    matrix = slab.source.raw()
     rows = sorted({int(row) for row in np.linspace(0, slab.rows - 1, count)})
-    return slab.source.dtype, slab.rows, b"".join(slab.read(matrix, row, row + 1).tobytes() for row in rows)
+    return slab.source.type, slab.rows, b"".join(slab.read(matrix, row, row + 1).tobytes() for row in rows)

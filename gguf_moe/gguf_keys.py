@@ -51,8 +51,10 @@ def with_asked(
     asked = {_General.NAME: (name, _Type.STRING), _General.SIZE_LABEL: (size_label, _Type.STRING)}
     if experts_used is not None:
         model = ModelKeys(path, keys)
-        if not expert_count(model):
+        if not (experts := expert_count(model)):
             raise UsageError(f"--experts-used {experts_used}: {path} is a dense model, it has no experts")
+        if experts_used > experts:
+            raise UsageError(f"--experts-used {experts_used}: {path} has {experts} experts")
         asked[model.model(_LLM.EXPERT_USED_COUNT)] = (experts_used, _Type.UINT32)
     return {**keys, **{key: gguf.GGUFValue(value, kind) for key, (value, kind) in asked.items() if value is not None}}
 

@@ -15,6 +15,7 @@ from gguf_moe.gguf_file import encode_header
 from gguf_moe.mapping import MappedTensor
 from gguf_moe.request import Request
 
+MAX_CARD_VALUES = 1 << 17  # the longest cards, with their tables of results, have some thousand
 _General = gguf.Keys.General
 BASE_MODELS = "general.base_models"
 # The keys of a --metadata file, as llama.cpp's converter takes them, by the JSON values they hold.
@@ -49,6 +50,7 @@ def read_metadata(directory: Path, mapped: list[MappedTensor], request: Request)
     asked = _read_override(request.metadata) if request.metadata else {}
     total = sum(tensor.elements for tensor in mapped)
     try:
+        _check_unfolded(gguf.Metadata.load_model_card(directory.resolve()))
         metadata = gguf.Metadata.load(request.metadata, directory.resolve(), request.name, total)
     except Exception as error:  # a foreign YAML or JSON parser on a user's file: any error is the file's
         reason = " ".join(str(error).split())
@@ -68,10 +70,24 @@ def read_metadata(directory: Path, mapped: list[MappedTensor], request: Request)
 
 
 def check_asked(request: Request) -> None:
-    """Refuse an empty name or size label."""
+    """Refuse an empty name or size label, or one that is no text."""
     for option, value in (("name", request.name), ("size-label", request.size_label)):
         if value is not None and not value.strip():
             raise UsageError(f"--{option} is empty")
+        if value is not None and value != value.encode(errors="replace").decode():
+            raise UsageError(f"--{option} {value}: not valid UTF-8")
+
+
+def _check_unfolded(card: Any) -> None:
+    """ValueError for YAML whose aliases make much of little: what the package makes text of would never end."""
+    count, waiting = 0, [card]
+    while waiting:
+        value = waiting.pop()
+        parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        count += len(parts)
+        if count > MAX_CARD_VALUES:
+            raise ValueError(f"more than {MAX_CARD_VALUES} values once aliases are unfolded")
+        waiting += parts
 
 
 def computed_size_label(mapped: list[MappedTensor]) -> str:
@@ -104,20 +120,23 @@ def _read_override(path: Path) -> dict[str, Any]:
     return content
 
 
-def add_metadata(writer: gguf.GGUFWriter, metadata: gguf.Metadata) -> None:
+def add_metadata(writer: gguf.GGUFWriter, metadata: gguf.Metadata, directory: Path) -> None:
     """Add what the model card says. YAML reads `version: 1.0` as a number; GGUF wants it as text."""
     try:
         metadata.set_gguf_meta_model(writer)
     except (TypeError, AttributeError, ValueError) as error:
-        raise GgufMoeError(f"README.md: a field of the model card has an unexpected type: {error}") from None
+        raise GgufMoeError(
+            f"{directory / 'README.md'}: a field of the model card has an unexpected type: {error}"
+        ) from None
     for key, item in writer.kv_data[0].items():
         if item.type == gguf.GGUFValueType.STRING and not isinstance(item.value, str):
             if isinstance(item.value, (dict, list)):
-                raise GgufMoeError(f"README.md: {key} would be {item.value!r}, expected text")
+                raise GgufMoeError(f"{directory / 'README.md'}: {key} would be {item.value!r:.80}, expected text")
             item.value = str(item.value)
         elif item.type == gguf.GGUFValueType.ARRAY:
             item.value = [str(element) for element in item.value]
         try:
             encode_header({key: item}, [])
-        except (struct.error, TypeError, ValueError) as error:
-            raise GgufMoeError(f"generation_config.json or README.md: {key} is {item.value!r}: {error}") from None
+        except (OverflowError, struct.error, TypeError, ValueError) as error:
+            source = f"{directory}: {key}, of README.md, generation_config.json or --metadata,"
+            raise GgufMoeError(f"{source} is {item.value!r:.80}: {error}") from None

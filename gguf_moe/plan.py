@@ -122,7 +122,7 @@ def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: 
     tensors, rule_warnings = _place(mapped, file_type, recipe_facts, request)
     metadata, metadata_warnings = read_metadata(checkpoint.directory, mapped, request)
     try:
-        keys = _keys(architecture, facts, vocabulary, metadata, file_type, by_quantizer)
+        keys = _keys(checkpoint.directory, architecture, facts, vocabulary, metadata, file_type, by_quantizer)
         if by_quantizer:
             keys = {key: cut_at_nul(value) for key, value in keys.items()}
         keys, key_warnings = apply_overrides(keys, request.override_kv, architecture.name, facts.vocabulary)
@@ -276,6 +276,7 @@ def _check_decoding(tensors: tuple[TensorPlan, ...], request: Request) -> None:
 
 
 def _keys(
+    directory: Path,
     architecture: Architecture,
     facts: ModelFacts,
     vocabulary: Vocabulary,
@@ -286,7 +287,7 @@ def _keys(
     """All keys in the order of llama.cpp's converter, or of its quantizer, which sets two of them anew at the end."""
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    add_metadata(writer, metadata)
+    add_metadata(writer, metadata, directory)
     architecture.add_keys(writer, facts)
     if not by_quantizer:
         writer.add_file_type(file_type.id)

@@ -16,6 +16,7 @@ from gguf_moe.recipe import Choice
 
 SHOWN_ELEMENTS = 4  # of an array
 SHOWN_CHARACTERS = 100  # of a value
+SHOWN_MESSAGE = 2000  # characters of an error or a warning
 
 
 def size_text(nbytes: int) -> str:
@@ -135,6 +136,13 @@ def name_warnings(facts: dict[str, Any]) -> list[str]:
 def printable(text: str) -> str:
     """Text from a file with everything escaped that a terminal could take for a command."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def one_line(text: str) -> str:
+    """A message as one printable line; of one that quotes something endless the middle is left out."""
+    text = printable(text)
+    half = SHOWN_MESSAGE // 2
+    return text if len(text) <= SHOWN_MESSAGE else f"{text[:half]} ... {text[-half:]}"
 
 
 def _file_type_name(number: Any) -> str:

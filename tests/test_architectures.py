@@ -157,13 +157,14 @@ def test_the_number_of_used_experts_is_the_users(name: str, run, saved: cases.Sa
     assert logits_error(path, name) > 0.05  # two in the golden logits
 
 
-def test_qwen2_mixtures_with_tied_embeddings_get_an_output(run, saved: cases.Saved, tmp_path: Path) -> None:
+@pytest.mark.parametrize("quant", ["Q4_K_M", "Q6_K", "Q8_0"])  # of two types; of one, so that it is encoded once
+def test_qwen2_mixtures_with_tied_embeddings_get_an_output(quant: str, run, tmp_path: Path) -> None:
     """llama.cpp's code for them does not load without; its converter leaves the output out."""
     parts = cases.recorded("qwen2moe-6")
     parts.tensors["lm_head.weight"] = parts.tensors["model.embed_tokens.weight"]
-    untied = convert(run, cases.save(parts, tmp_path / "untied" / "merge"), "Q4_K_M").read_bytes()
+    untied = convert(run, cases.save(parts, tmp_path / "untied" / "merge"), quant).read_bytes()
     del parts.tensors["lm_head.weight"]
-    path = convert(run, cases.save(parts, tmp_path / "tied" / "merge"), "Q4_K_M")
+    path = convert(run, cases.save(parts, tmp_path / "tied" / "merge"), quant)
     assert path.read_bytes() == untied
     with Llama(path) as model:
         assert np.isfinite(model.logits(cases.prompt())).all()

@@ -183,7 +183,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "text for a temperature": (
         lambda m: (m / "generation_config.json").write_text('{"temperature": "hot"}'),
-        "general.sampling.temp is 'hot'",
+        "general.sampling.temp, of README.md, generation_config.json or --metadata, is 'hot': required ",
     ),
     "added token without text": (
         lambda m: edit_json(m / "tokenizer.json", added_tokens=[{"id": 0}]),

@@ -169,6 +169,47 @@ def test_experts_of_several_types(run, made, tmp_path: Path) -> None:
     assert have[name][2] == want[name][2][: 2 * size] + bytes(size) + want[name][2][3 * size :]
 
 
+UNDECODED = ("IQ1_S", "IQ2_XXS", "IQ3_S", "TQ1_0", "TQ2_0", "MXFP4")
+
+
+@pytest.mark.parametrize("kind", UNDECODED)
+def test_types_that_are_not_decoded_are_copied(kind: str, run, made, tmp_path: Path) -> None:
+    """Random blocks, in stacks too; experts 0 and 2 are the same."""
+    rng = np.random.default_rng(UNDECODED.index(kind))
+    block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+
+    def retype(parts: Parts) -> None:
+        for name, (_, shape, _) in parts.tensors.items():
+            if "_exps" in name:
+                data = rng.integers(0, 64, (shape[0], shape[1] * shape[2] // block * nbytes), np.uint8)
+                data[2] = data[0]
+                parts.tensors[name] = (kind, shape, data.tobytes())
+
+    source = changed(made("spm", "Q8_0"), tmp_path / "in.gguf", retype)
+    want = quantize(source, tmp_path / "want.gguf", copy=True)
+    assert convert(run, source, tmp_path / "out.gguf") == want
+    old = changed(source, tmp_path / "old.gguf", split_experts)
+    assert convert(run, old, tmp_path / "out.gguf") == want
+    assert refusal(run, source, "--quant", "Q8_0", "--allow-requantize") == (
+        f"gguf-moe: {source}: tensor blk.0.ffn_down_exps.weight is {kind}, which gguf-moe cannot decode to Q8_0; "
+        "convert the original"
+    )
+
+
+def test_experts_alike_in_numbers_alone_keep_their_blocks(run, made, tmp_path: Path) -> None:
+    """Blocks of zeros by their scale, with other codes: decoded they are the same."""
+
+    def zero(parts: Parts) -> None:
+        for name, (kind, shape, data) in parts.tensors.items():
+            if "_exps" in name:
+                blocks = np.frombuffer(data, np.uint8).reshape(shape[0], -1, 34).copy()
+                blocks[:2, :, :2], blocks[0, :, 2:], blocks[1, :, 2:] = 0, 1, 2
+                parts.tensors[name] = (kind, shape, blocks.tobytes())
+
+    source = changed(made("spm", "Q8_0"), tmp_path / "in.gguf", zero)
+    assert convert(run, source, tmp_path / "out.gguf") == quantize(source, tmp_path / "want.gguf", copy=True)
+
+
 OLD: dict[str, tuple[Callable[[Parts], object], str]] = {
     "an expert missing": (
         lambda p: p.tensors.pop("blk.2.ffn_down.3.weight"),

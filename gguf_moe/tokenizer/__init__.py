@@ -6,10 +6,11 @@ holds a BPE either with byte fallback, GGUF's tokenizer model "llama" as Sentenc
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
-from gguf_moe.checkpoint import read_json
+from gguf_moe.checkpoint import read_optional_json
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.tokenizer.byte_fallback import read_byte_fallback
 from gguf_moe.tokenizer.byte_level import read_byte_level
@@ -32,15 +33,17 @@ def read_vocabulary(
     or "none". Raises GgufMoeError for a missing, unsupported or contradictory tokenizer, more tokens than `size`, or a
     text that two ids share; UsageError for a `pre` that llama.cpp does not know or that is not wanted.
     """
-    path = next((directory / name for name in (MODEL, JSON) if (directory / name).is_file()), None)
+    path = next((directory / name for name in (MODEL, JSON) if os.path.lexists(directory / name)), None)
     if path is None:
         raise GgufMoeError(f"{directory}: no tokenizer, expected {MODEL} or {JSON}")
-    settings = _optional_json(directory / "tokenizer_config.json")
-    document = _optional_json(directory / JSON)
+    if not path.is_file():
+        raise GgufMoeError(f"{path}: is no regular file, nor a link to one")
+    settings = read_optional_json(directory / "tokenizer_config.json")
+    document = read_optional_json(directory / JSON)
     try:
         file = BpeFile(path, document) if path.name == JSON else None
         reading = _read(path, file, settings, pre)
-        config = _optional_json(directory / "config.json")
+        config = read_optional_json(directory / "config.json")
         special = find_special(document, settings, config, size, settings_add=file is None)
         templates = read_chat_templates(directory, settings, chat_template)
         if file:
@@ -70,10 +73,6 @@ def _read(path: Path, file: BpeFile | None, settings: dict[str, Any], pre: str |
             f"{path}: a BPE that is neither byte-level nor has byte fallback; llama.cpp has no such kind"
         )
     return read_byte_fallback(file, settings)
-
-
-def _optional_json(path: Path) -> dict[str, Any]:
-    return read_json(path) if path.is_file() else {}
 
 
 __all__ = ["Token", "Vocabulary", "read_vocabulary"]

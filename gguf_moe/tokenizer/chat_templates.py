@@ -30,7 +30,7 @@ def read_chat_templates(directory: Path, settings: dict[str, Any], asked: str | 
     if found is None and settings:  # without that file llama.cpp's converter does not look at the others
         jinja, other = directory / "chat_template.jinja", directory / "chat_template.json"
         if jinja.is_file():
-            more = sorted((directory / "additional_chat_templates").glob("*.jinja"))
+            more = sorted(p for p in (directory / "additional_chat_templates").glob("*.jinja") if p.is_file())
             named = [(DEFAULT, jinja), *((path.stem, path) for path in more)]
             found, where = [{"name": name, "template": _read_text(path)} for name, path in named], jinja
         elif other.is_file():

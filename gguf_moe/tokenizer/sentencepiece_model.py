@@ -8,7 +8,7 @@ from typing import Any
 import gguf
 from sentencepiece import SentencePieceProcessor
 
-from gguf_moe.checkpoint import read_json
+from gguf_moe.checkpoint import read_optional_json
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.tokenizer.vocabulary import ADDED_SCORE, SPACE, Reading, Token, looks_special, token_id
 
@@ -49,7 +49,7 @@ def _added_tokens(directory: Path, settings: dict[str, Any]) -> dict[int, Token]
     """The tokens of added_tokens.json and of added_tokens_decoder, which decides on type and text."""
     path, where = directory / "added_tokens.json", directory / "tokenizer_config.json"
     tokens: dict[int, Token] = {}
-    for text, value in (read_json(path) if path.is_file() else {}).items():
+    for text, value in read_optional_json(path).items():
         i = token_id(path, value)
         if i in tokens:
             raise GgufMoeError(f"{path}: {tokens[i].text!r} and {text!r} have the same id {i}")
