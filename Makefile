@@ -10,7 +10,7 @@ DEMO   := build/demo/TidePool-4x4M-v1-Q4_K_M.gguf
 .PHONY: help setup demo test test-long test-asan bench bench-convert lint format golden clean
 
 help:
-	@echo "setup  demo  test  test-long  test-asan  bench  lint  format  golden  clean"
+	@echo "setup  demo  test  test-long  test-asan  bench  bench-convert  lint  format  golden  clean"
 
 setup: $(VENV)/.ready
 

@@ -14,12 +14,11 @@ from typing import Any, NoReturn
 
 import gguf
 
+from gguf_moe.arch.reading import MAX_EXPERTS, MAX_LAYERS
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.mapping import MappedTensor
 from gguf_moe.recipe import FileType, RecipeFacts, role_of
 
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _STACK = re.compile(r"blk\.\d+\.ffn_(gate|down|up|gate_up)_exps\.weight")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _General, _Tokenizer, _LLM = gguf.Keys.General, gguf.Keys.Tokenizer, gguf.Keys.LLM

@@ -22,7 +22,7 @@ from gguf_moe.checkpoint import SOURCE_DTYPES, SourceTensor, map_file
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.gguf_reader import TENSOR_TYPES, GgufFile, read_gguf
 from gguf_moe.mapping import MappedTensor, Slab, absent_text
-from gguf_moe.recipe import KEPT, FileType, is_kept, quantizer_order, role_of
+from gguf_moe.recipe import KEPT, FileType, file_type_name, is_kept, quantizer_order, role_of
 
 SPLIT_KEYS = (gguf.Keys.Split.LLM_KV_SPLIT_NO, gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
 SPLIT_KEYS += (gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT,)
@@ -94,11 +94,7 @@ class GgufModel:
         value = self.keys.get(gguf.Keys.General.FILE_TYPE)
         said = value is not None and value.type is gguf.GGUFValueType.UINT32
         number = value.value if said else self._guessed_file_type()
-        try:
-            name = gguf.LlamaFileType(number & ~_GUESSED).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-        except ValueError:
-            name = f"TYPE{number}"
-        return FileType(name, number, KEPT)
+        return FileType(file_type_name(number & ~_GUESSED) or f"TYPE{number}", number, KEPT)
 
     def _guessed_file_type(self) -> int:
         counts: dict[str, int] = defaultdict(int)

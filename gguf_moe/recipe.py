@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
 
@@ -163,6 +164,14 @@ def is_kept(name: str, rank: int) -> bool:
     if rank < 2 or not name.endswith("weight"):
         return True
     return name in _KEPT_NAMES or any(part in name for part in _KEPT_PARTS)
+
+
+def file_type_name(number: Any) -> str | None:
+    """llama.cpp's name of a number in general.file_type, whether gguf-moe makes that type or not; None without."""
+    try:
+        return gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return None
 
 
 def find_file_type(name: str) -> FileType:

@@ -14,7 +14,7 @@ from neighbours import Llama
 from variants import VARIANTS, narrow, save
 
 from gguf_moe.errors import UsageError
-from gguf_moe.gguf_file import read_gguf
+from gguf_moe.gguf_reader import read_gguf
 from gguf_moe.recipe import FILE_TYPES, RecipeFacts
 from gguf_moe.recipe_file import read_recipe
 from gguf_moe.rules import Chooser, parse_rules

@@ -10,7 +10,7 @@ from dataclasses import replace
 import gguf
 
 from gguf_moe.arch.base import Architecture, Fused, ModelFacts, Template
-from gguf_moe.arch.reading import Defaults, add_keys, read_experts, read_facts, refuse_experts_used
+from gguf_moe.arch.reading import Defaults, add_keys, dense, read_experts, read_facts
 from gguf_moe.arch.tables import ATTENTION, BIASES, BLOCK, DENSE, ENDS, LAYER, MLP, NORMS, PROJECTIONS, optional, rotary
 from gguf_moe.checkpoint import Config
 
@@ -56,16 +56,6 @@ _MISTRAL_DEFAULTS = replace(_LLAMA_DEFAULTS, feed_forward=14336, kv_heads=8, con
 _MIXTRAL_DEFAULTS = replace(_MISTRAL_DEFAULTS, norm_epsilon=1e-5, rope_theta=1e6, window=None, writes_head_size=False)
 
 
-def _read_llama(config: Config, experts_used: int | None) -> ModelFacts:
-    refuse_experts_used(config, experts_used)
-    return read_facts(config, _LLAMA_DEFAULTS)
-
-
-def _read_mistral(config: Config, experts_used: int | None) -> ModelFacts:
-    refuse_experts_used(config, experts_used)
-    return read_facts(config, _MISTRAL_DEFAULTS)
-
-
 def _read_mixtral(config: Config, experts_used: int | None) -> ModelFacts:
     experts = read_experts(config, ("num_local_experts",), experts_used, experts=8, used=2)
     return read_facts(config, _MIXTRAL_DEFAULTS, **experts)
@@ -79,12 +69,12 @@ def _add_last_keys(writer: gguf.GGUFWriter, facts: ModelFacts) -> None:
 LLAMA = Architecture(
     name="llama",
     hf_names=("LlamaForCausalLM", "LLaMAForCausalLM"),
-    facts=_read_llama,
+    facts=dense(_LLAMA_DEFAULTS),
     templates=_DENSE,
     add_keys=add_keys,
     add_last_keys=_add_last_keys,
 )
-MISTRAL = replace(LLAMA, hf_names=("MistralForCausalLM",), facts=_read_mistral)
+MISTRAL = replace(LLAMA, hf_names=("MistralForCausalLM",), facts=dense(_MISTRAL_DEFAULTS))
 MIXTRAL = replace(
     LLAMA,
     hf_names=("MixtralForCausalLM",),
