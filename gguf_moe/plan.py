@@ -117,7 +117,7 @@ def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: 
         checkpoint.directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template
     )
     by_quantizer = _by_quantizer(file_type, request)
-    tied = not any(tensor.role == "output" for tensor in mapped)
+    tied = not any(tensor.name == "output.weight" for tensor in mapped)
     recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied, architecture.name)
     tensors, rule_warnings = _place(mapped, file_type, recipe_facts, request)
     metadata, metadata_warnings = read_metadata(checkpoint.directory, mapped, request)

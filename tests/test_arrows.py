@@ -24,7 +24,7 @@ ALLOWED = {
     "donors": "",
     "naming": "",
     "overrides": "errors",
-    "mapping": "arch checkpoint errors",
+    "mapping": "arch checkpoint errors recipe",
     "arch": "arch checkpoint errors",
     "tokenizer": "checkpoint errors tokenizer",
     "request": "rules",

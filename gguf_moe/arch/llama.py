@@ -22,24 +22,24 @@ _COMMON = (
     *NORMS,
     *rotary(PROJECTIONS),
     *optional(rotary(BIASES)),
-    Template(ATTENTION + "o_proj.bias", BLOCK + "attn_output.bias", "bias", ("hidden",), required=False),
+    Template(ATTENTION + "o_proj.bias", BLOCK + "attn_output.bias", ("hidden",), required=False),
 )
 
 _DENSE = (
     *_COMMON,
     *DENSE,
-    Template(MLP + "gate_proj.bias", BLOCK + "ffn_gate.bias", "bias", ("feed_forward",), required=False),
-    Template(MLP + "up_proj.bias", BLOCK + "ffn_up.bias", "bias", ("feed_forward",), required=False),
-    Template(MLP + "down_proj.bias", BLOCK + "ffn_down.bias", "bias", ("hidden",), required=False),
+    Template(MLP + "gate_proj.bias", BLOCK + "ffn_gate.bias", ("feed_forward",), required=False),
+    Template(MLP + "up_proj.bias", BLOCK + "ffn_up.bias", ("feed_forward",), required=False),
+    Template(MLP + "down_proj.bias", BLOCK + "ffn_down.bias", ("hidden",), required=False),
 )
 
 # Experts in the order in which llama.cpp's converter writes the three stacks.
 _MIXTRAL = (
     *_COMMON,
-    Template(_MOE + "gate.weight", BLOCK + "ffn_gate_inp.weight", "router", ("experts", "hidden")),
-    Template(_EXPERT + "w1.weight", BLOCK + "ffn_gate_exps.weight", "ffn_gate", ("feed_forward", "hidden")),
-    Template(_EXPERT + "w2.weight", BLOCK + "ffn_down_exps.weight", "ffn_down", ("hidden", "feed_forward")),
-    Template(_EXPERT + "w3.weight", BLOCK + "ffn_up_exps.weight", "ffn_up", ("feed_forward", "hidden")),
+    Template(_MOE + "gate.weight", BLOCK + "ffn_gate_inp.weight", ("experts", "hidden")),
+    Template(_EXPERT + "w1.weight", BLOCK + "ffn_gate_exps.weight", ("feed_forward", "hidden")),
+    Template(_EXPERT + "w2.weight", BLOCK + "ffn_down_exps.weight", ("hidden", "feed_forward")),
+    Template(_EXPERT + "w3.weight", BLOCK + "ffn_up_exps.weight", ("feed_forward", "hidden")),
 )
 
 _LLAMA_DEFAULTS = Defaults(

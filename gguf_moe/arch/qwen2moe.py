@@ -15,9 +15,7 @@ from gguf_moe.errors import GgufMoeError
 
 _DEFAULTS = replace(DEFAULTS, hidden=2048, feed_forward=5632, layers=24, heads=16, kv_heads=16)
 
-_SHARED_GATE = Template(
-    MLP + "shared_expert_gate.weight", BLOCK + "ffn_gate_inp_shexp.weight", "shared_gate", ("one", "hidden")
-)
+_SHARED_GATE = Template(MLP + "shared_expert_gate.weight", BLOCK + "ffn_gate_inp_shexp.weight", ("one", "hidden"))
 
 
 def refuse_dense_layers(config: Config) -> None:
