@@ -127,8 +127,7 @@ def gguf_text(facts: dict[str, Any], *, tensors: bool) -> str:
 
 def name_warnings(facts: dict[str, Any]) -> list[str]:
     """What the Hugging Face Hub would misread in the name of the file of these `gguf_facts`."""
-    known = map(file_type_name, gguf.LlamaFileType)
-    file_type = facts["file_type"] if facts["file_type"] in known else None
+    file_type = facts["file_type"] if facts["file_type"] in map(file_type_name, gguf.LlamaFileType) else None
     return naming.name_warnings(Path(facts["file"]).name, file_type)
 
 
