@@ -10,7 +10,7 @@ DEMO   := build/demo/TidePool-4x4M-v1-Q4_K_M.gguf
 .PHONY: help setup demo test test-long test-asan bench bench-convert lint format golden clean
 
 help:
-	@echo "setup  demo  test  test-long  test-asan  bench  lint  format  golden  clean"
+	@echo "setup  demo  test  test-long  test-asan  bench  bench-convert  lint  format  golden  clean"
 
 setup: $(VENV)/.ready
 
@@ -63,11 +63,11 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-golden: setup $(LIBLLAMA)  ## make anew what transformers and llama.cpp gave (needs torch, transformers, cmake, a C++ compiler, npm)
+golden: setup $(LIBLLAMA)  ## make anew what transformers and llama.cpp gave (needs torch, transformers, a C++ compiler)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers
 	$(BIN)/python tests/tools/make_transformers_golden.py
 	PYTHONPATH=tests:$(LLAMA_CPP):$(LLAMA_CPP)/gguf-py $(BIN)/python tests/tools/make_architectures_golden.py $(LIBLLAMA)
-	$(BIN)/python tests/tools/make_quantizer_golden.py
+	$(BIN)/python tests/tools/make_quantizer_golden.py $(LIBLLAMA)
 
 $(LIBLLAMA):  ## the build that golden data come from: converter as source, quantizer without fused multiply-add
 	$(BIN)/python -m pip install --quiet cmake

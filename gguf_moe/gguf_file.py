@@ -14,9 +14,7 @@ import gguf
 import numpy as np
 
 from gguf_moe.errors import GgufMoeError
-from gguf_moe.gguf_reader import TENSOR_TYPES, GgufFile, StoredArray, TensorInfo, read_gguf
-
-__all__ = ["ALIGNMENT", "GgufFile", "TensorInfo", "encode_header", "padded", "publish", "read_gguf"]
+from gguf_moe.gguf_reader import TENSOR_TYPES, StoredArray, TensorInfo
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 
@@ -60,8 +58,8 @@ def publish(path: Path, size: int, *, replace: bool) -> Iterator[BinaryIO]:
     """A file to fill with `size` bytes at any offsets, that takes the name `path` when the block ends well.
 
     Until then it grows beside under a temporary name; on any exception it is removed. A file that took the name in the
-    meantime stays, unless `replace`. A crash of the machine leaves
-    either no `path` or the whole file: data and directory entry are flushed to disk around the rename.
+    meantime stays, unless `replace`. A crash of the machine leaves either no `path` or the whole file: data and
+    directory entry are flushed to disk around the rename.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     file = temporary.open("x+b")  # before `try`: what another run made is not ours to remove

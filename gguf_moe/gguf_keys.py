@@ -14,12 +14,11 @@ from typing import Any, NoReturn
 
 import gguf
 
+from gguf_moe.arch.reading import MAX_EXPERTS, MAX_LAYERS
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.mapping import MappedTensor
-from gguf_moe.recipe import FileType, RecipeFacts, role_of
+from gguf_moe.recipe import FileType, RecipeFacts, category_of
 
-MAX_LAYERS = 512  # LLAMA_MAX_LAYERS
-MAX_EXPERTS = 1024  # LLAMA_MAX_EXPERTS
 _STACK = re.compile(r"blk\.\d+\.ffn_(gate|down|up|gate_up)_exps\.weight")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _General, _Tokenizer, _LLM = gguf.Keys.General, gguf.Keys.Tokenizer, gguf.Keys.LLM
@@ -131,22 +130,22 @@ class ModelKeys:
 def recipe_facts(model: ModelKeys, mapped: list[MappedTensor], experts: int) -> RecipeFacts:
     """What the recipe asks of the model, after checking what keys and tensors say of each other."""
     layers = model.integer(model.model(_LLM.BLOCK_COUNT), 1, MAX_LAYERS)
-    roles = [role_of(tensor.name) for tensor in mapped]
+    kinds = [category_of(tensor.name) for tensor in mapped]
     heads_key, kv_key = (
         model.model(key) for key in (gguf.Keys.Attention.HEAD_COUNT, gguf.Keys.Attention.HEAD_COUNT_KV)
     )
     heads = model.per_layer(heads_key, layers, [0] * layers)
     kv_heads = model.per_layer(kv_key, layers, heads)
-    if "attn_v" in roles and not any(heads):  # models without attention have no heads
+    if "attn_v" in kinds and not any(heads):  # models without attention have no heads
         model.fail(heads_key, "a positive integer")
     for count, kv_count in zip(heads, kv_heads):
-        if (count and kv_count and count % kv_count) or (kv_count == 0 and "attn_v" in roles and not any(kv_heads)):
+        if (count and kv_count and count % kv_count) or (kv_count == 0 and "attn_v" in kinds and not any(kv_heads)):
             model.fail(kv_key, f"a divisor of head_count, {count}")
     _check_numbers(model, experts)
     _check_stacks(model, mapped, experts)
     _check_layers(model, mapped, layers)
     return RecipeFacts(
-        layers, experts, heads[0], kv_heads[0], "output" not in roles, model.architecture, roles.count("attn_v")
+        layers, experts, heads[0], kv_heads[0], "output" not in kinds, model.architecture, kinds.count("attn_v")
     )
 
 

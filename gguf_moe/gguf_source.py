@@ -22,7 +22,7 @@ from gguf_moe.checkpoint import SOURCE_DTYPES, SourceTensor, map_file
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.gguf_reader import TENSOR_TYPES, GgufFile, read_gguf
 from gguf_moe.mapping import MappedTensor, Slab, absent_text
-from gguf_moe.recipe import KEPT, FileType, is_kept, quantizer_order, role_of
+from gguf_moe.recipe import KEPT, FileType, file_type_name, quantizer_order
 
 SPLIT_KEYS = (gguf.Keys.Split.LLM_KV_SPLIT_NO, gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
 SPLIT_KEYS += (gguf.Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT,)
@@ -94,11 +94,7 @@ class GgufModel:
         value = self.keys.get(gguf.Keys.General.FILE_TYPE)
         said = value is not None and value.type is gguf.GGUFValueType.UINT32
         number = value.value if said else self._guessed_file_type()
-        try:
-            name = gguf.LlamaFileType(number & ~_GUESSED).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-        except ValueError:
-            name = f"TYPE{number}"
-        return FileType(name, number, KEPT)
+        return FileType(file_type_name(number & ~_GUESSED) or f"TYPE{number}", number, KEPT)
 
     def _guessed_file_type(self) -> int:
         counts: dict[str, int] = defaultdict(int)
@@ -215,10 +211,8 @@ def _mapped(name: str, shape: tuple[int, ...], sources: list[SourceTensor]) -> M
     """A slab an expert, whether the source stacks them or not; else one for the whole tensor."""
     rows = shape[-2] if name.endswith("_exps.weight") and len(shape) > 1 else math.prod(shape[:-1])
     slabs = [Slab(source, first, rows) for source in sources for first in range(0, math.prod(source.shape[:-1]), rows)]
-    rank = next((len(shape) - i for i, n in enumerate(shape) if n > 1), 1)
-    role = "router" if name.endswith("ffn_gate_inp.weight") else KEPT if is_kept(name, rank) else role_of(name)
     layer = quantizer_order(name)[0]
-    return MappedTensor(name, role, layer if layer >= 0 else None, shape, tuple(slabs))
+    return MappedTensor(name, layer if layer >= 0 else None, shape, tuple(slabs))
 
 
 def _check_stacks(model: GgufModel, stacks: dict[tuple[str, str], dict[int, SourceTensor]], experts: int) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 from gguf_moe.arch import Architecture, Fused, ModelFacts, Template
 from gguf_moe.checkpoint import Checkpoint, ComputedTensor, SourceTensor
 from gguf_moe.errors import GgufMoeError
+from gguf_moe.recipe import role_of
 
 LISTED_NAMES = 8  # how many absent names an error spells out
 
@@ -54,10 +55,14 @@ class MappedTensor:
     """A tensor of the output, before its type is chosen. `shape` is row-major: [experts,] rows, columns."""
 
     name: str
-    role: str
     layer: int | None
     shape: tuple[int, ...]
     slabs: tuple[Slab, ...]
+
+    @property
+    def role(self) -> str:
+        """What the rules for types take it for."""
+        return role_of(self.name, self.shape)
 
     @property
     def elements(self) -> int:
@@ -112,12 +117,14 @@ def _computed(checkpoint: Checkpoint, facts: ModelFacts) -> list[MappedTensor]:
         return []
     name = "rope_freqs.weight"
     source = ComputedTensor(name, "F32", divisors.shape, checkpoint.config.path, 0, values=divisors)
-    return [MappedTensor(name, "rope_freqs", None, divisors.shape, (Slab(source, 0, 1),))]
+    return [MappedTensor(name, None, divisors.shape, (Slab(source, 0, 1),))]
 
 
 def _add_output(by_file: list[list[_Part]], architecture: Architecture) -> None:
     """Where the output is tied to the embedding but llama.cpp wants both: the embedding once more, as the output."""
-    embedding, output = (next(t for t in architecture.templates if t.role == role) for role in ("token_embd", "output"))
+    embedding, output = (
+        next(t for t in architecture.templates if t.target == name) for name in ("token_embd.weight", "output.weight")
+    )
     if any(part.template is output for parts in by_file for part in parts):
         return
     for parts in by_file:
@@ -132,7 +139,7 @@ def _mapped(template: Template, layer: int | None, slabs: list[Slab]) -> MappedT
         shape = (len(slabs), *shape)
     elif len(template.shape) == 1:
         shape = (slabs[0].rows * source.columns,)
-    return MappedTensor(template.target.format(layer=layer), template.role, layer, shape, tuple(slabs))
+    return MappedTensor(template.target.format(layer=layer), layer, shape, tuple(slabs))
 
 
 def _pattern(source: str) -> re.Pattern[str]:

@@ -17,7 +17,7 @@ from gguf_moe import mapping
 from gguf_moe.arch import Architecture, ModelFacts, find_architecture
 from gguf_moe.checkpoint import Checkpoint
 from gguf_moe.errors import GgufMoeError, UsageError
-from gguf_moe.gguf_file import TensorInfo, encode_header, padded
+from gguf_moe.gguf_file import encode_header, padded
 from gguf_moe.gguf_keys import (
     ModelKeys,
     check_vocabulary,
@@ -27,7 +27,7 @@ from gguf_moe.gguf_keys import (
     recipe_facts,
     with_asked,
 )
-from gguf_moe.gguf_reader import TENSOR_TYPES
+from gguf_moe.gguf_reader import TENSOR_TYPES, TensorInfo
 from gguf_moe.gguf_source import GgufModel, map_gguf
 from gguf_moe.metadata import add_metadata, check_asked, read_metadata
 from gguf_moe.naming import default_file_name
@@ -117,7 +117,7 @@ def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: 
         checkpoint.directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template
     )
     by_quantizer = _by_quantizer(file_type, request)
-    tied = not any(tensor.role == "output" for tensor in mapped)
+    tied = not any(tensor.name == "output.weight" for tensor in mapped)
     recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied, architecture.name)
     tensors, rule_warnings = _place(mapped, file_type, recipe_facts, request)
     metadata, metadata_warnings = read_metadata(checkpoint.directory, mapped, request)

@@ -6,8 +6,10 @@ an importance matrix.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import gguf
 
@@ -64,7 +66,7 @@ BITS = {2: "Q2_K", 3: "Q3_K_M", 4: "Q4_K_M", 5: "Q5_K_M", 6: "Q6_K", 8: "Q8_0", 
 
 KEPT = "kept"  # the role of a tensor that keeps the type that it has; as a file type's default, all do
 # Tensors of these roles stay F32, whatever the file type; from a GGUF file, what they are.
-FIXED_ROLES = ("norm", "bias", "rope_freqs", "router", "shared_gate", KEPT)
+FIXED_ROLES = ("router", KEPT)
 
 # Where a row is no multiple of the type's block, the type that llama.cpp takes instead; then F16.
 FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0", "IQ4_XS": "IQ4_NL"}
@@ -127,8 +129,8 @@ _KEPT_PARTS = (
     *(".patch_embd", ".patch_merger", "a.rvq.codebook", "mm.a.code_embd"),
 )
 _KEPT_NAMES = ("position_embd.weight", "token_types.weight")
-# Roles by the first part of a name that fits (`tensor_get_category`); all attn_v-like tensors share their rules.
-_ROLE_PARTS = {
+# Categories by the first part of a name that fits (`tensor_get_category`); all attn_v-like tensors share their rules.
+_CATEGORY_PARTS = {
     "attn_qkv.weight": "attn_v",
     "attn_kv_b.weight": "attn_v",
     "attn_v.weight": "attn_v",
@@ -148,21 +150,35 @@ def quantizer_order(name: str) -> tuple[int, bytes]:
     return int(match[1]) if match else -1, name.encode()
 
 
-def role_of(name: str) -> str:
-    """The part that a tensor has in the model by its GGUF name, as llama.cpp's quantizer tells it; or "other"."""
+def role_of(name: str, shape: tuple[int, ...]) -> str:
+    """What the rules take a tensor for, by its GGUF name and row-major shape: a router, `KEPT`, or its category."""
+    if name.endswith("ffn_gate_inp.weight"):
+        return "router"
+    return KEPT if _is_kept(name, shape) else category_of(name)
+
+
+def category_of(name: str) -> str:
+    """The part that a tensor has in the model, as llama.cpp's quantizer tells it by the name; or "other"."""
     if name == "output.weight":
         return "output"
     if name in ("token_embd.weight", "per_layer_token_embd.weight"):
         return "token_embd"
-    return next((role for part, role in _ROLE_PARTS.items() if part in name), "other")
+    return next((category for part, category in _CATEGORY_PARTS.items() if part in name), "other")
 
 
-def is_kept(name: str, rank: int) -> bool:
-    """Whether llama.cpp's quantizer leaves a tensor in the type that it has: what is no matrix, and some that are.
-    `rank` does not count outer dimensions of 1."""
-    if rank < 2 or not name.endswith("weight"):
+def _is_kept(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether llama.cpp's quantizer leaves a tensor in the type that it has: what is no matrix, and some that are."""
+    if math.prod(shape[:-1]) == 1 or not name.endswith("weight"):  # to it, outer dimensions of 1 are none
         return True
     return name in _KEPT_NAMES or any(part in name for part in _KEPT_PARTS)
+
+
+def file_type_name(number: Any) -> str | None:
+    """llama.cpp's name of a number in general.file_type, whether gguf-moe makes that type or not; None without."""
+    try:
+        return gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
+    except ValueError:
+        return None
 
 
 def find_file_type(name: str) -> FileType:

@@ -12,7 +12,7 @@ import gguf
 from gguf_moe import naming
 from gguf_moe.gguf_reader import GgufFile, StoredArray
 from gguf_moe.plan import Plan
-from gguf_moe.recipe import Choice
+from gguf_moe.recipe import Choice, file_type_name
 
 SHOWN_ELEMENTS = 4  # of an array
 SHOWN_CHARACTERS = 100  # of a value
@@ -128,8 +128,7 @@ def gguf_text(facts: dict[str, Any], *, tensors: bool) -> str:
 
 def name_warnings(facts: dict[str, Any]) -> list[str]:
     """What the Hugging Face Hub would misread in the name of the file of these `gguf_facts`."""
-    known = {t.name.removeprefix("MOSTLY_").removeprefix("ALL_") for t in gguf.LlamaFileType}
-    file_type = facts["file_type"] if facts["file_type"] in known else None
+    file_type = facts["file_type"] if facts["file_type"] in map(file_type_name, gguf.LlamaFileType) else None
     return naming.name_warnings(Path(facts["file"]).name, file_type)
 
 
@@ -146,10 +145,7 @@ def one_line(text: str) -> str:
 
 
 def _file_type_name(number: Any) -> str:
-    try:
-        return gguf.LlamaFileType(number).name.removeprefix("MOSTLY_").removeprefix("ALL_")
-    except ValueError:
-        return "unknown file type" if number is None else f"file type {number}"
+    return file_type_name(number) or ("unknown file type" if number is None else f"file type {number}")
 
 
 def _short(value: Any) -> Any:

@@ -13,7 +13,7 @@ from checkpoints import MERGE
 
 import quant
 from gguf_moe import __version__, report
-from gguf_moe.gguf_file import read_gguf
+from gguf_moe.gguf_reader import read_gguf
 from gguf_moe.recipe import FILE_TYPES
 
 

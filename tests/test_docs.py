@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gguf_moe.gguf_file import read_gguf
+from gguf_moe.gguf_reader import read_gguf
 from gguf_moe.recipe import BITS, FILE_TYPES
 from gguf_moe.report import gguf_facts, gguf_text
 

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 
 from gguf_moe.errors import UsageError
-from gguf_moe.recipe import BITS, FALLBACKS, FILE_TYPES, RecipeFacts, choose_type, find_file_type
+from gguf_moe.recipe import BITS, FALLBACKS, FILE_TYPES, KEPT, RecipeFacts, choose_type, find_file_type
 
 # Shapes: layers, experts, query heads, key heads, tied embeddings.
 SHAPES = {
@@ -60,7 +60,7 @@ def test_all_quantized_file_types_are_in_the_table() -> None:
 
 
 @pytest.mark.parametrize("quant", FILE_TYPES)
-@pytest.mark.parametrize("role", ["norm", "router"])
+@pytest.mark.parametrize("role", [KEPT, "router"])
 def test_norms_and_router_stay_f32(quant: str, role: str) -> None:
     assert choose_type(FILE_TYPES[quant], role, 0, 4096, SHAPES["B"]).type == "F32"
 

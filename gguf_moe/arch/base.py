@@ -49,7 +49,7 @@ class ModelFacts:
 
 @dataclass(frozen=True)
 class Template:
-    """One kind of tensor: its name in the checkpoint and in the GGUF file, its part in the model, its shape.
+    """One kind of tensor: its name in the checkpoint and in the GGUF file, its shape.
 
     Names hold {layer} and, for stacked experts, {expert} in the source. `shape` is the source's, in names of
     `ModelFacts.size`. `rotary` names the head count whose rows are reordered from halves to neighbouring pairs.
@@ -59,7 +59,6 @@ class Template:
 
     source: str
     target: str
-    role: str
     shape: tuple[str, ...]
     rotary: str | None = None
     required: bool = True

@@ -10,7 +10,7 @@ from dataclasses import replace
 import gguf
 
 from gguf_moe.arch.base import Architecture, Fused, ModelFacts, Template
-from gguf_moe.arch.reading import Defaults, add_keys, read_experts, read_facts, refuse_experts_used
+from gguf_moe.arch.reading import Defaults, add_keys, dense, read_experts, read_facts
 from gguf_moe.arch.tables import ATTENTION, BIASES, BLOCK, DENSE, ENDS, LAYER, MLP, NORMS, PROJECTIONS, optional, rotary
 from gguf_moe.checkpoint import Config
 
@@ -22,24 +22,24 @@ _COMMON = (
     *NORMS,
     *rotary(PROJECTIONS),
     *optional(rotary(BIASES)),
-    Template(ATTENTION + "o_proj.bias", BLOCK + "attn_output.bias", "bias", ("hidden",), required=False),
+    Template(ATTENTION + "o_proj.bias", BLOCK + "attn_output.bias", ("hidden",), required=False),
 )
 
 _DENSE = (
     *_COMMON,
     *DENSE,
-    Template(MLP + "gate_proj.bias", BLOCK + "ffn_gate.bias", "bias", ("feed_forward",), required=False),
-    Template(MLP + "up_proj.bias", BLOCK + "ffn_up.bias", "bias", ("feed_forward",), required=False),
-    Template(MLP + "down_proj.bias", BLOCK + "ffn_down.bias", "bias", ("hidden",), required=False),
+    Template(MLP + "gate_proj.bias", BLOCK + "ffn_gate.bias", ("feed_forward",), required=False),
+    Template(MLP + "up_proj.bias", BLOCK + "ffn_up.bias", ("feed_forward",), required=False),
+    Template(MLP + "down_proj.bias", BLOCK + "ffn_down.bias", ("hidden",), required=False),
 )
 
 # Experts in the order in which llama.cpp's converter writes the three stacks.
 _MIXTRAL = (
     *_COMMON,
-    Template(_MOE + "gate.weight", BLOCK + "ffn_gate_inp.weight", "router", ("experts", "hidden")),
-    Template(_EXPERT + "w1.weight", BLOCK + "ffn_gate_exps.weight", "ffn_gate", ("feed_forward", "hidden")),
-    Template(_EXPERT + "w2.weight", BLOCK + "ffn_down_exps.weight", "ffn_down", ("hidden", "feed_forward")),
-    Template(_EXPERT + "w3.weight", BLOCK + "ffn_up_exps.weight", "ffn_up", ("feed_forward", "hidden")),
+    Template(_MOE + "gate.weight", BLOCK + "ffn_gate_inp.weight", ("experts", "hidden")),
+    Template(_EXPERT + "w1.weight", BLOCK + "ffn_gate_exps.weight", ("feed_forward", "hidden")),
+    Template(_EXPERT + "w2.weight", BLOCK + "ffn_down_exps.weight", ("hidden", "feed_forward")),
+    Template(_EXPERT + "w3.weight", BLOCK + "ffn_up_exps.weight", ("feed_forward", "hidden")),
 )
 
 _LLAMA_DEFAULTS = Defaults(
@@ -56,16 +56,6 @@ _MISTRAL_DEFAULTS = replace(_LLAMA_DEFAULTS, feed_forward=14336, kv_heads=8, con
 _MIXTRAL_DEFAULTS = replace(_MISTRAL_DEFAULTS, norm_epsilon=1e-5, rope_theta=1e6, window=None, writes_head_size=False)
 
 
-def _read_llama(config: Config, experts_used: int | None) -> ModelFacts:
-    refuse_experts_used(config, experts_used)
-    return read_facts(config, _LLAMA_DEFAULTS)
-
-
-def _read_mistral(config: Config, experts_used: int | None) -> ModelFacts:
-    refuse_experts_used(config, experts_used)
-    return read_facts(config, _MISTRAL_DEFAULTS)
-
-
 def _read_mixtral(config: Config, experts_used: int | None) -> ModelFacts:
     experts = read_experts(config, ("num_local_experts",), experts_used, experts=8, used=2)
     return read_facts(config, _MIXTRAL_DEFAULTS, **experts)
@@ -79,12 +69,12 @@ def _add_last_keys(writer: gguf.GGUFWriter, facts: ModelFacts) -> None:
 LLAMA = Architecture(
     name="llama",
     hf_names=("LlamaForCausalLM", "LLaMAForCausalLM"),
-    facts=_read_llama,
+    facts=dense(_LLAMA_DEFAULTS),
     templates=_DENSE,
     add_keys=add_keys,
     add_last_keys=_add_last_keys,
 )
-MISTRAL = replace(LLAMA, hf_names=("MistralForCausalLM",), facts=_read_mistral)
+MISTRAL = replace(LLAMA, hf_names=("MistralForCausalLM",), facts=dense(_MISTRAL_DEFAULTS))
 MIXTRAL = replace(
     LLAMA,
     hf_names=("MixtralForCausalLM",),

@@ -5,13 +5,10 @@ from __future__ import annotations
 import gguf
 
 from gguf_moe.arch.base import Architecture, ModelFacts
-from gguf_moe.arch.reading import Defaults, add_keys, read_facts, refuse_experts_used
+from gguf_moe.arch.reading import Defaults, add_keys, dense
 from gguf_moe.arch.tables import BIASES, DENSE, ENDS, NORMS, PROJECTIONS
-from gguf_moe.checkpoint import Config
 
-ROPE_KINDS = ("default", "linear", "yarn", "dynamic")  # no frequency factors in llama.cpp's code for Qwen
-
-_DEFAULTS = Defaults(
+DEFAULTS = Defaults(
     vocabulary=151936,
     hidden=4096,
     feed_forward=22016,
@@ -20,16 +17,11 @@ _DEFAULTS = Defaults(
     kv_heads=32,
     context=32768,
     norm_epsilon=1e-6,
-    rope_kinds=ROPE_KINDS,
+    rope_kinds=("default", "linear", "yarn", "dynamic"),  # no frequency factors in llama.cpp's code for Qwen
     windowed=False,
     window=4096,
     free_head_size=False,
 )
-
-
-def _read(config: Config, experts_used: int | None) -> ModelFacts:
-    refuse_experts_used(config, experts_used)
-    return read_facts(config, _DEFAULTS)
 
 
 def add_last_keys(writer: gguf.GGUFWriter, facts: ModelFacts) -> None:
@@ -39,7 +31,7 @@ def add_last_keys(writer: gguf.GGUFWriter, facts: ModelFacts) -> None:
 ARCHITECTURE = Architecture(
     name="qwen2",
     hf_names=("Qwen2ForCausalLM",),
-    facts=_read,
+    facts=dense(DEFAULTS),
     templates=(*ENDS, *NORMS, *PROJECTIONS, *BIASES, *DENSE),
     add_keys=add_keys,
     add_last_keys=add_last_keys,

@@ -2,33 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 
 from gguf_moe.arch.base import Architecture, ModelFacts, Template
-from gguf_moe.arch.qwen2 import ROPE_KINDS
-from gguf_moe.arch.reading import Defaults, add_keys, read_experts, read_facts, read_flag, routing_note
+from gguf_moe.arch.qwen2 import DEFAULTS
+from gguf_moe.arch.reading import add_keys, read_experts, read_facts, read_flag, routing_note
 from gguf_moe.arch.tables import BIASES, BLOCK, ENDS, EXPERTS, FUSED, MLP, NORMS, PROJECTIONS, ROUTER, optional, shared
 from gguf_moe.checkpoint import Config
 from gguf_moe.errors import GgufMoeError
 
-_DEFAULTS = Defaults(
-    vocabulary=151936,
-    hidden=2048,
-    feed_forward=5632,
-    layers=24,
-    heads=16,
-    kv_heads=16,
-    context=32768,
-    norm_epsilon=1e-6,
-    rope_kinds=ROPE_KINDS,
-    windowed=False,
-    window=4096,
-    free_head_size=False,
-)
+_DEFAULTS = replace(DEFAULTS, hidden=2048, feed_forward=5632, layers=24, heads=16, kv_heads=16)
 
-_SHARED_GATE = Template(
-    MLP + "shared_expert_gate.weight", BLOCK + "ffn_gate_inp_shexp.weight", "shared_gate", ("one", "hidden")
-)
+_SHARED_GATE = Template(MLP + "shared_expert_gate.weight", BLOCK + "ffn_gate_inp_shexp.weight", ("one", "hidden"))
 
 
 def refuse_dense_layers(config: Config) -> None:

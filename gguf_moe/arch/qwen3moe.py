@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import gguf
 
 from gguf_moe.arch.base import Architecture, ModelFacts
-from gguf_moe.arch.qwen2 import ROPE_KINDS
+from gguf_moe.arch.qwen2 import DEFAULTS
 from gguf_moe.arch.qwen2moe import refuse_dense_layers
-from gguf_moe.arch.reading import Defaults, add_keys, read_experts, read_facts, read_flag, routing_note
+from gguf_moe.arch.reading import add_keys, read_experts, read_facts, read_flag, routing_note
 from gguf_moe.arch.tables import BIASES, ENDS, EXPERTS, FUSED, HEAD_NORMS, NORMS, PROJECTIONS, ROUTER, optional
 from gguf_moe.checkpoint import Config
 
-_DEFAULTS = Defaults(
-    vocabulary=151936,
-    hidden=2048,
-    feed_forward=6144,
-    layers=24,
-    heads=32,
-    kv_heads=4,
-    context=32768,
-    norm_epsilon=1e-6,
-    rope_kinds=ROPE_KINDS,
-    windowed=False,
-    window=4096,
-)
+_DEFAULTS = replace(DEFAULTS, hidden=2048, feed_forward=6144, layers=24, kv_heads=4, free_head_size=True)
 
 
 def _read(config: Config, experts_used: int | None) -> ModelFacts:

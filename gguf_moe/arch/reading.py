@@ -5,6 +5,7 @@ Defaults are those that transformers fills in, since llama.cpp's converter reads
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,10 +114,15 @@ def read_experts(
     return {"experts": experts, "experts_used": used, "experts_key": key}
 
 
-def refuse_experts_used(config: Config, asked: int | None) -> None:
-    """UsageError where experts a token are `asked` for, but the model is dense."""
-    if asked is not None:
-        raise UsageError(f"--experts-used {asked}: {config.path} is of a dense model, without experts")
+def dense(defaults: Defaults) -> Callable[[Config, int | None], ModelFacts]:
+    """The reader of a dense family; UsageError where experts a token are asked for."""
+
+    def read(config: Config, asked: int | None) -> ModelFacts:
+        if asked is not None:
+            raise UsageError(f"--experts-used {asked}: {config.path} is of a dense model, without experts")
+        return read_facts(config, defaults)
+
+    return read
 
 
 def routing_note(config: Config, experts: dict[str, Any], *, renormalized: bool, by_llama_cpp: bool) -> list[str]:

@@ -13,51 +13,47 @@ EXPERT = MLP + "experts.{expert}."
 BLOCK = "blk.{layer}."
 
 ENDS = (
-    Template("model.embed_tokens.weight", "token_embd.weight", "token_embd", ("vocabulary", "hidden")),
-    Template("model.norm.weight", "output_norm.weight", "norm", ("hidden",)),
-    Template("lm_head.weight", "output.weight", "output", ("vocabulary", "hidden"), required=False),
+    Template("model.embed_tokens.weight", "token_embd.weight", ("vocabulary", "hidden")),
+    Template("model.norm.weight", "output_norm.weight", ("hidden",)),
+    Template("lm_head.weight", "output.weight", ("vocabulary", "hidden"), required=False),
 )
 
 NORMS = (
-    Template(LAYER + "input_layernorm.weight", BLOCK + "attn_norm.weight", "norm", ("hidden",)),
-    Template(LAYER + "post_attention_layernorm.weight", BLOCK + "ffn_norm.weight", "norm", ("hidden",)),
+    Template(LAYER + "input_layernorm.weight", BLOCK + "attn_norm.weight", ("hidden",)),
+    Template(LAYER + "post_attention_layernorm.weight", BLOCK + "ffn_norm.weight", ("hidden",)),
 )
 
 HEAD_NORMS = (
-    Template(ATTENTION + "q_norm.weight", BLOCK + "attn_q_norm.weight", "norm", ("head_size",)),
-    Template(ATTENTION + "k_norm.weight", BLOCK + "attn_k_norm.weight", "norm", ("head_size",)),
+    Template(ATTENTION + "q_norm.weight", BLOCK + "attn_q_norm.weight", ("head_size",)),
+    Template(ATTENTION + "k_norm.weight", BLOCK + "attn_k_norm.weight", ("head_size",)),
 )
 
 PROJECTIONS = (
-    Template(ATTENTION + "q_proj.weight", BLOCK + "attn_q.weight", "attn_q", ("query", "hidden")),
-    Template(ATTENTION + "k_proj.weight", BLOCK + "attn_k.weight", "attn_k", ("key", "hidden")),
-    Template(ATTENTION + "v_proj.weight", BLOCK + "attn_v.weight", "attn_v", ("key", "hidden")),
-    Template(ATTENTION + "o_proj.weight", BLOCK + "attn_output.weight", "attn_output", ("hidden", "query")),
+    Template(ATTENTION + "q_proj.weight", BLOCK + "attn_q.weight", ("query", "hidden")),
+    Template(ATTENTION + "k_proj.weight", BLOCK + "attn_k.weight", ("key", "hidden")),
+    Template(ATTENTION + "v_proj.weight", BLOCK + "attn_v.weight", ("key", "hidden")),
+    Template(ATTENTION + "o_proj.weight", BLOCK + "attn_output.weight", ("hidden", "query")),
 )
 
 BIASES = (
-    Template(ATTENTION + "q_proj.bias", BLOCK + "attn_q.bias", "bias", ("query",)),
-    Template(ATTENTION + "k_proj.bias", BLOCK + "attn_k.bias", "bias", ("key",)),
-    Template(ATTENTION + "v_proj.bias", BLOCK + "attn_v.bias", "bias", ("key",)),
+    Template(ATTENTION + "q_proj.bias", BLOCK + "attn_q.bias", ("query",)),
+    Template(ATTENTION + "k_proj.bias", BLOCK + "attn_k.bias", ("key",)),
+    Template(ATTENTION + "v_proj.bias", BLOCK + "attn_v.bias", ("key",)),
 )
 
 DENSE = (
-    Template(MLP + "gate_proj.weight", BLOCK + "ffn_gate.weight", "ffn_gate", ("feed_forward", "hidden")),
-    Template(MLP + "up_proj.weight", BLOCK + "ffn_up.weight", "ffn_up", ("feed_forward", "hidden")),
-    Template(MLP + "down_proj.weight", BLOCK + "ffn_down.weight", "ffn_down", ("hidden", "feed_forward")),
+    Template(MLP + "gate_proj.weight", BLOCK + "ffn_gate.weight", ("feed_forward", "hidden")),
+    Template(MLP + "up_proj.weight", BLOCK + "ffn_up.weight", ("feed_forward", "hidden")),
+    Template(MLP + "down_proj.weight", BLOCK + "ffn_down.weight", ("hidden", "feed_forward")),
 )
 
-ROUTER = (Template(MLP + "gate.weight", BLOCK + "ffn_gate_inp.weight", "router", ("experts", "hidden")),)
+ROUTER = (Template(MLP + "gate.weight", BLOCK + "ffn_gate_inp.weight", ("experts", "hidden")),)
 
 # In the order in which llama.cpp's converter writes the three stacks.
 EXPERTS = (
-    Template(
-        EXPERT + "down_proj.weight", BLOCK + "ffn_down_exps.weight", "ffn_down", ("hidden", "expert_feed_forward")
-    ),
-    Template(
-        EXPERT + "gate_proj.weight", BLOCK + "ffn_gate_exps.weight", "ffn_gate", ("expert_feed_forward", "hidden")
-    ),
-    Template(EXPERT + "up_proj.weight", BLOCK + "ffn_up_exps.weight", "ffn_up", ("expert_feed_forward", "hidden")),
+    Template(EXPERT + "down_proj.weight", BLOCK + "ffn_down_exps.weight", ("hidden", "expert_feed_forward")),
+    Template(EXPERT + "gate_proj.weight", BLOCK + "ffn_gate_exps.weight", ("expert_feed_forward", "hidden")),
+    Template(EXPERT + "up_proj.weight", BLOCK + "ffn_up_exps.weight", ("expert_feed_forward", "hidden")),
 )
 
 # What transformers 5 has in memory, and saves on request.
@@ -72,17 +68,17 @@ def shared(name: str) -> tuple[Template, ...]:
     prefix = f"{MLP}{name}."
     rows, columns = ("shared_feed_forward", "hidden"), ("hidden", "shared_feed_forward")
     return (
-        Template(prefix + "gate_proj.weight", BLOCK + "ffn_gate_shexp.weight", "ffn_gate", rows),
-        Template(prefix + "up_proj.weight", BLOCK + "ffn_up_shexp.weight", "ffn_up", rows),
-        Template(prefix + "down_proj.weight", BLOCK + "ffn_down_shexp.weight", "ffn_down", columns),
+        Template(prefix + "gate_proj.weight", BLOCK + "ffn_gate_shexp.weight", rows),
+        Template(prefix + "up_proj.weight", BLOCK + "ffn_up_shexp.weight", rows),
+        Template(prefix + "down_proj.weight", BLOCK + "ffn_down_shexp.weight", columns),
     )
 
 
 def rotary(templates: tuple[Template, ...]) -> tuple[Template, ...]:
     """The templates with query and key rows reordered, for families whose rotary pairs llama.cpp wants adjacent."""
     heads = {"query": "heads", "key": "kv_heads"}
-    roles = (BLOCK + "attn_q.", BLOCK + "attn_k.")
-    return tuple(replace(t, rotary=heads[t.shape[0]]) if t.target.startswith(roles) else t for t in templates)
+    turned = (BLOCK + "attn_q.", BLOCK + "attn_k.")
+    return tuple(replace(t, rotary=heads[t.shape[0]]) if t.target.startswith(turned) else t for t in templates)
 
 
 def optional(templates: tuple[Template, ...]) -> tuple[Template, ...]:

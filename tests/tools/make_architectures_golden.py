@@ -14,7 +14,6 @@ beside shared experts of one MLP.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import logging
@@ -29,30 +28,17 @@ import numpy as np
 import torch
 import transformers
 from conversion import qwen
+from llama_quantizer import load_quantizer
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 FLOATS = ("F32", "F16", "BF16")
-QUANTS = {
-    "Q4_0": 2,
-    "Q4_1": 3,
-    "Q8_0": 7,
-    "Q5_0": 8,
-    "Q5_1": 9,
-    "Q2_K": 10,
-    "Q3_K_S": 11,
-    "Q3_K_M": 12,
-    "Q3_K_L": 13,
-    "Q4_K_S": 14,
-    "Q4_K_M": 15,
-    "Q5_K_S": 16,
-    "Q5_K_M": 17,
-    "Q6_K": 18,
-    "IQ4_NL": 25,
-    "IQ4_XS": 30,
-}
+QUANTS = (
+    *("Q4_0", "Q4_1", "Q8_0", "Q5_0", "Q5_1", "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L"),
+    *("Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "IQ4_NL", "IQ4_XS"),
+)
 
 
 class DeepseekMoE(torch.nn.Module):
@@ -117,36 +103,6 @@ def saved_shapes(directory: Path) -> dict[str, list[int]]:
         return {key: file.get_slice(key).get_shape() for key in sorted(file.keys())}
 
 
-class QuantizeParams(ctypes.Structure):
-    """llama_model_quantize_params of that build."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in ("nthread", "ftype", "output_type", "embedding_type")),
-        *((name, ctypes.c_bool) for name in ("requantize", "output", "copy", "pure", "keep_split", "dry_run")),
-        *((name, ctypes.c_void_p) for name in ("imatrix", "overrides", "types", "prune")),
-        ("buffer", ctypes.c_size_t),
-    )
-
-
-_SILENT = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
-
-
-def quantizer(library: str):
-    """quantize(source, target, file type) by llama.cpp."""
-    lib = ctypes.CDLL(library)
-    lib.llama_model_quantize_default_params.restype = QuantizeParams
-    lib.llama_log_set(_SILENT, None)
-
-    def quantize(source: Path, target: Path, kind: int) -> None:
-        params = lib.llama_model_quantize_default_params()
-        assert params.output, "llama_model_quantize_params has another layout"
-        params.ftype = kind
-        status = lib.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(params))
-        assert status == 0, f"llama_model_quantize: {status}"
-
-    return quantize
-
-
 def convert(directory: Path, target: Path, kind: str) -> None:
     """llama.cpp's converter. Its mixtures of Qwen look for a BPE tokenizer only; they get the one of the dense models,
     which takes SentencePiece too, so that one tokenizer serves all cases."""
@@ -168,7 +124,7 @@ def describe(path: Path) -> dict:
 
 def main() -> None:
     """Write the golden files."""
-    quantize, names = quantizer(sys.argv[1]), sys.argv[2:]
+    quantize, names = load_quantizer(sys.argv[1]), sys.argv[2:]
     torch.set_grad_enabled(False)
     logging.disable(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
@@ -185,9 +141,9 @@ def main() -> None:
                 target = Path(temporary) / f"{kind}.gguf"
                 convert(directory, target, kind)
                 files[kind] = describe(target)
-            for kind, number in QUANTS.items():
+            for kind in QUANTS:
                 target = Path(temporary) / f"{kind}.gguf"
-                quantize(Path(temporary) / "F32.gguf", target, number)
+                quantize(Path(temporary) / "F32.gguf", target, kind)
                 files[kind] = describe(target)
             config = json.loads((directory / "config.json").read_text())
             golden[name] = {"config": config, "tensors": saved_shapes(directory), "files": files}

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
 """What llama.cpp's quantizer makes of our BF16 files, asked for types, outputs and keys: tests/golden/quantizer.json.
 
-And the types that it gives the tensors of a dense model, whose mix counts otherwise: quantizer-dense.json. Needs npm,
-for the library (tests/llama_quantize.py); `make golden` runs it.
+And the types that it gives the tensors of a dense model, whose mix counts otherwise: quantizer-dense.json.
+
+usage: make_quantizer_golden.py LIBLLAMA, the library that `make golden` builds.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import sys
 import tempfile
 from collections import Counter
@@ -21,13 +23,14 @@ import numpy as np
 TESTS = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(TESTS), str(TESTS.parent)]
 
-from llama_quantize import quantize  # noqa: E402
+from llama_quantizer import load_quantizer  # noqa: E402
 from variants import VARIANTS, save  # noqa: E402
 
 from gguf_moe.checkpoint import open_checkpoint  # noqa: E402
 from gguf_moe.convert import convert  # noqa: E402
 from gguf_moe.plan import make_plan  # noqa: E402
 from gguf_moe.recipe import FILE_TYPES  # noqa: E402
+from quant import FORMATS  # noqa: E402
 
 DOWN, ATTENTION = ["ffn_down_exps", "Q6_K"], ["attn_(q|k)", "Q8_0"]
 # variant, file type, what is asked; one line a case
@@ -82,6 +85,30 @@ CASES: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
+RANDOM_CASES = 60
+
+
+def wishes(seed: int, sources: dict[str, Path]) -> tuple[str, str, dict[str, Any]]:
+    """A case by lot: patterns that may overlap, with the options that may stand beside them."""
+    lots = random.Random(seed)
+    variant = lots.choice(list(VARIANTS))
+    names = [t.name for t in gguf.GGUFReader(sources[variant]).tensors if t.tensor_type.name != "F32"]
+    types = [kind for kind in FORMATS if kind != "F32"]
+    asked: dict[str, Any] = {"tensor_types": []}
+    for name in lots.sample(names, lots.randrange(4)):
+        pattern = lots.choice([name, name.split(".", 2)[-1], f"^{name[:6]}", name.removesuffix(".weight")])
+        asked["tensor_types"].append([pattern.replace(".", "\\."), lots.choice(types)])
+    if lots.random() < 0.3:
+        asked["pure"] = True
+    elif lots.random() < 0.3:
+        asked["leave_output"] = "tied" not in variant
+    for key in ("output", "token_embedding"):
+        if lots.random() < 0.3 and not asked.get("leave_output") and not ("tied" in variant and asked.get("pure")):
+            asked[key] = lots.choice(["Q8_0", "Q4_0", "Q5_1", "F16"])
+    file_type = lots.choice([name for name, t in FILE_TYPES.items() if t.quantized and name != "Q2_K_S"])
+    return variant, file_type, asked
+
+
 def describe(path: Path) -> dict[str, Any]:
     """Size, SHA-256 and types: enough to say equal, and where to look first when not."""
     data = path.read_bytes()
@@ -132,14 +159,14 @@ def write(name: str, results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    results, dense_results = [], []
+    results, dense_results, quantize = [], [], load_quantizer(sys.argv[1])
     with tempfile.TemporaryDirectory() as scratch:
         sources = {}
         for variant in VARIANTS:
             checkpoint = open_checkpoint(save(variant, Path(scratch) / variant))
             sources[variant] = Path(scratch) / f"{variant}.gguf"
             convert(make_plan(checkpoint, FILE_TYPES["BF16"]), sources[variant])
-        for variant, file_type, asked in CASES:
+        for variant, file_type, asked in (*CASES, *(wishes(seed, sources) for seed in range(RANDOM_CASES))):
             target = Path(scratch) / "out.gguf"
             quantize(sources[variant], target, file_type, **asked)
             results.append({"variant": variant, "file_type": file_type, "asked": asked, **describe(target)})
