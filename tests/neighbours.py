@@ -90,7 +90,7 @@ def libllama() -> ctypes.CDLL:
 
 
 class Llama:
-    """A GGUF file loaded by llama.cpp, on one thread or two, with exact (F32) caches unless told otherwise."""
+    """A GGUF file loaded by llama.cpp, on one thread, with exact (F32) caches unless told otherwise."""
 
     def __init__(self, path: Path, *, context: int = 512, vocabulary_only: bool = False, exact: bool = True) -> None:
         self.lib, self.context_length = libllama(), context
@@ -106,7 +106,7 @@ class Llama:
             settings = self.lib.llama_context_default_params()
             assert settings.n_batch == 2048, "xllamacpp's llama_context_params has another layout"
             settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-            settings.n_threads = settings.n_threads_batch = 2
+            settings.n_threads = settings.n_threads_batch = 1  # two would spin for each other on a busy machine
             if exact:
                 settings.type_k = settings.type_v = 0  # F32
                 settings.flash_attn_type = 0
