@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import oracle
 import pytest
@@ -40,7 +42,17 @@ def assert_same_floats(ours: np.ndarray, theirs: np.ndarray, fmt: str, what: str
     return a.size // FORMATS[fmt].block_length
 
 
-def compare_weighted(fmt: str, blocks: int, seed: int, columns: int = 768) -> int:
+def in_turn(backends: tuple[str, ...]) -> Iterator[None]:
+    """Once for each backend, while it runs; without any, once as it is."""
+    for name in backends:
+        quant.use_backend(name)
+        yield
+        quant.use_backend(None)
+    if not backends:
+        yield
+
+
+def compare_weighted(fmt: str, blocks: int, seed: int, columns: int = 768, backends: tuple[str, ...] = ()) -> int:
     """At least `blocks` blocks with importance, all families by all vectors, against current ggml; the count."""
     ggml = oracle.load("xllamacpp")
     vectors = importances(seed, columns)
@@ -49,21 +61,24 @@ def compare_weighted(fmt: str, blocks: int, seed: int, columns: int = 768) -> in
     for family in FAMILIES:
         x = draw(family, seed, 3 * rows).reshape(rows, columns)
         for name, w in vectors.items():
-            ours, theirs = quantize(x, fmt, w), ggml.quantize(x, fmt, w)
-            compared += assert_same_blocks(ours, theirs, fmt, x, f"{family}, importance {name}")
+            theirs = ggml.quantize(x, fmt, w)
+            for _ in in_turn(backends):
+                compared += assert_same_blocks(quantize(x, fmt, w), theirs, fmt, x, f"{family}, importance {name}")
     return compared
 
 
-def compare(ggml: oracle.Ggml, fmt: str, blocks: int, seed: int) -> tuple[int, int]:
+def compare(ggml: oracle.Ggml, fmt: str, blocks: int, seed: int, backends: tuple[str, ...] = ()) -> tuple[int, int]:
     """At least `blocks` blocks, all families in equal parts: encode with both, decode with both. Returns the counts."""
     rows = -(-blocks * FORMATS[fmt].block_length // (COLUMNS * len(FAMILIES)))
     encoded = decoded = 0
     for family in FAMILIES:
         for start in range(0, rows, 4096):
             x = draw(family, seed + start, min(4096, rows - start))
-            data = quantize(x, fmt)
-            encoded += assert_same_blocks(data, ggml.quantize(x, fmt), fmt, x, family)
-            decoded += assert_same_floats(dequantize(data, fmt), ggml.dequantize(data, fmt), fmt, family)
+            theirs = ggml.quantize(x, fmt)
+            floats = ggml.dequantize(theirs, fmt)
+            for _ in in_turn(backends):
+                encoded += assert_same_blocks(quantize(x, fmt), theirs, fmt, x, family)
+                decoded += assert_same_floats(dequantize(theirs, fmt), floats, fmt, family)
     return encoded, decoded
 
 
@@ -83,11 +98,12 @@ def test_same_bytes_as_ggml_in_small_pieces(fmt, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("backend", ["all"])  # in turn, so that ggml is asked once
 @pytest.mark.parametrize("fmt", FORMAT_NAMES)
 def test_same_bytes_as_ggml_a_million_blocks(fmt, record_property):
-    encoded, decoded = compare(oracle.load("libggml-python"), fmt, 1_000_000, seed=1000)
+    encoded, decoded = compare(oracle.load("libggml-python"), fmt, 1_000_000, 1000, quant.BACKENDS)
     record_property("blocks", encoded)
-    assert encoded == decoded >= 1_000_000
+    assert encoded == decoded >= 1_000_000 * len(quant.BACKENDS)
 
 
 @pytest.mark.parametrize("reference", oracle.NAMES)
@@ -143,9 +159,11 @@ def test_same_bytes_as_ggml_with_importance_in_small_pieces(fmt, monkeypatch):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("backend", ["all"])
 @pytest.mark.parametrize("fmt", FORMAT_NAMES)
 def test_same_bytes_as_ggml_with_importance_in_many_blocks(fmt):
-    assert compare_weighted(fmt, 200_000, seed=2000) >= 200_000
+    compared = compare_weighted(fmt, 200_000, 2000, backends=quant.BACKENDS)
+    assert compared >= 200_000 * len(quant.BACKENDS)
 
 
 @pytest.mark.parametrize("fmt", FORMAT_NAMES)
