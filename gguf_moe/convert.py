@@ -159,8 +159,7 @@ def _copy(piece: _Piece) -> np.ndarray:
     rows = slab.read(slab.source.raw(), piece.start, piece.stop)
     block = quant.first_nonfinite_scale(rows, kind) if kind in quant.FORMATS else None
     if block is not None:
-        row, column = divmod(block * quant.FORMATS[kind].block_length, piece.tensor.mapped.shape[-1])
-        index = _index(slab.source, slab.source_row(piece.start + row), column)
+        index = _block_index(block, piece.tensor, slab, piece.start)
         raise GgufMoeError(f"{_where(slab.source)}: the scales of the block at {index} are not finite; it is damaged")
     return rows
 
@@ -181,12 +180,17 @@ def _check_scales(encoded: np.ndarray, tensor: TensorPlan, slab: Slab, start: in
     block = quant.first_nonfinite_scale(encoded, tensor.info.type)
     if block is None:
         return
-    columns = tensor.mapped.shape[-1]
-    row, column = divmod(block * quant.FORMATS[tensor.info.type].block_length, columns)
-    index = _index(slab.source, slab.source_row(start + row), column)
+    index = _block_index(block, tensor, slab, start)
     raise GgufMoeError(
         f"{_where(slab.source)}: weights from {index} on are too large for {tensor.info.type}; choose BF16 or F32"
     )
+
+
+def _block_index(block: int, tensor: TensorPlan, slab: Slab, start: int) -> str:
+    """The source's index of the first weight of a block, counted from row `start` of the slab on."""
+    length = quant.FORMATS[tensor.info.type].block_length
+    row, column = divmod(block * length, tensor.mapped.shape[-1])
+    return _index(slab.source, slab.source_row(start + row), column)
 
 
 def _float(bits: np.generic, source: SourceTensor) -> np.floating:
