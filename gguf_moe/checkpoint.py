@@ -64,6 +64,11 @@ class SourceTensor:
         """Length of a row: the last dimension."""
         return self.shape[-1]
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
+        return self.columns * SOURCE_DTYPES[self.dtype][0].itemsize
+
     def matrix(self) -> np.ndarray:
         """The tensor as a read-only mapped matrix [rows, columns] of its file's dtype (bfloat16 as uint16 bits)."""
         dtype, _ = SOURCE_DTYPES[self.dtype]

@@ -18,10 +18,11 @@ from tqdm import tqdm
 import quant
 from gguf_moe import __version__, report
 from gguf_moe.checkpoint import open_checkpoint
-from gguf_moe.convert import Progress, check_target
+from gguf_moe.convert import check_target
 from gguf_moe.convert import convert as run_plan
 from gguf_moe.duplicates import find_duplicates
 from gguf_moe.errors import GgufMoeError, UsageError
+from gguf_moe.filling import Progress
 from gguf_moe.gguf_reader import read_gguf
 from gguf_moe.gguf_source import open_gguf
 from gguf_moe.plan import make_plan
@@ -143,13 +144,13 @@ def convert(
         check_target(plan, target, force=force)
     for warning in plan.warnings:
         click.echo(f"gguf-moe: warning: {report.one_line(warning)}", err=True)
-    duplicates = find_duplicates(plan)
+    duplicates = find_duplicates([plan])
     if dry_run:
         click.echo("\n".join([report.plan_text(plan), *duplicates.notes()]))
         click.echo(f"would be written to {target}")
         return
     started = time.monotonic()
-    with _progress(plan.data_bytes) as show:
+    with _progress(sum(t.mapped.nbytes for t in plan.tensors)) as show:
         run_plan(plan, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
     click.echo("\n".join([report.plan_summary(plan), *duplicates.notes()]))
     click.echo(f"{target} written in {time.monotonic() - started:.1f} seconds")

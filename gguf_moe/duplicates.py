@@ -6,25 +6,19 @@ The file needs all of them. What is found here rests on samples of rows, which c
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from gguf_moe.mapping import Slab
-from gguf_moe.plan import Plan, TensorPlan
-from quant import FORMATS
+from gguf_moe.mapping import MappedTensor, Slab
+from gguf_moe.plan import Plan
 
 SAMPLES = 3  # rows of each matrix of an expert
 SAMPLES_OF_VOCABULARY = 64  # many rows of unused tokens are alike
 
 
-@dataclass(frozen=True)
-class Twin:
-    """An earlier slab with, as far as sampled, the same rows, and where its bytes begin in the file's tensor data."""
-
-    slab: Slab
-    offset: int
+Place = tuple[str, int]  # name of a tensor, number of a slab in it
 
 
 @dataclass(frozen=True)
@@ -32,12 +26,12 @@ class Duplicates:
     """What is there more than once, as far as sampled.
 
     experts: number of an expert -> the first that is the same in all layers. tied: output.weight is the embedding.
-    twins: (tensor, slab) whose bytes need not be encoded again; one slab may be in two tensors.
+    twins: place of a slab -> the first of the same rows, where encoding them takes a search.
     """
 
     experts: dict[int, int] = field(default_factory=dict)
     tied: bool = False
-    twins: dict[tuple[str, Slab], Twin] = field(default_factory=dict, repr=False)
+    twins: dict[Place, Place] = field(default_factory=dict, repr=False)
 
     def notes(self) -> list[str]:
         """A line for each finding, for a person."""
@@ -52,26 +46,23 @@ class Duplicates:
         return lines
 
 
-def find_duplicates(plan: Plan) -> Duplicates:
-    """Sample the weights for repeated experts and a repeated embedding."""
-    stacks = [tensor for tensor in plan.tensors if len(tensor.mapped.slabs) > 1]
+def find_duplicates(plans: Sequence[Plan]) -> Duplicates:
+    """Sample the weights that these plans of one source share for repeated experts and a repeated embedding."""
+    searched = {tensor.info.name for plan in plans for tensor in plan.tensors if tensor.searched}
+    tensors = {tensor.info.name: tensor.mapped for tensor in plans[0].tensors}
+    stacks = [tensor for tensor in tensors.values() if len(tensor.slabs) > 1]
     experts = _repeated_experts(stacks)
-    twins = {}
-    for tensor in filter(_searched, stacks):
-        slabs, nbytes = tensor.mapped.slabs, tensor.info.nbytes // len(tensor.mapped.slabs)
-        for expert, first in experts.items():
-            twins[tensor.info.name, slabs[expert]] = Twin(slabs[first], tensor.info.offset + first * nbytes)
-    ends = [tensor for tensor in plan.tensors if tensor.mapped.role in ("output", "token_embd")]
-    tied = len(ends) == 2 and len({_fingerprint(t.mapped.slabs[0], SAMPLES_OF_VOCABULARY) for t in ends}) == 1
-    if tied and ends[0].info.type == ends[1].info.type and _searched(ends[0]):
-        twins[ends[1].info.name, ends[1].mapped.slabs[0]] = Twin(ends[0].mapped.slabs[0], ends[0].info.offset)
+    twins = {
+        (tensor.name, expert): (tensor.name, first)
+        for tensor in stacks
+        if tensor.name in searched
+        for expert, first in experts.items()
+    }
+    ends = [tensor for tensor in tensors.values() if tensor.role in ("output", "token_embd")]
+    tied = len(ends) == 2 and len({_fingerprint(end.slabs[0], SAMPLES_OF_VOCABULARY) for end in ends}) == 1
+    if tied and ends[1].name in searched:
+        twins[ends[1].name, 0] = ends[0].name, 0
     return Duplicates(experts, tied, twins)
-
-
-def _searched(tensor: TensorPlan) -> bool:
-    """Whether its type takes a search to encode: the others are written faster than they are compared."""
-    copied = all(slab.source.type == tensor.info.type for slab in tensor.mapped.slabs)
-    return not copied and FORMATS[tensor.info.type].block_length > 1
 
 
 def same_rows(slab: Slab, other: Slab, start: int, stop: int) -> bool:
@@ -81,21 +72,21 @@ def same_rows(slab: Slab, other: Slab, start: int, stop: int) -> bool:
     return slab.source.type == other.source.type and np.array_equal(ours.view(bits), theirs.view(bits))
 
 
-def _repeated_experts(stacks: list[TensorPlan]) -> dict[int, int]:
+def _repeated_experts(stacks: list[MappedTensor]) -> dict[int, int]:
     """Experts whose samples agree in every stack. A model without repeats is read no further than its first stack."""
-    if len({len(tensor.mapped.slabs) for tensor in stacks}) != 1:
+    if len({len(tensor.slabs) for tensor in stacks}) != 1:
         return {}
-    groups: Iterable[list[int]] = [list(range(len(stacks[0].mapped.slabs)))]
+    groups: Iterable[list[int]] = [list(range(len(stacks[0].slabs)))]
     for tensor in stacks:
         groups = [part for group in groups for part in _split(group, tensor) if len(part) > 1]
     return {expert: group[0] for group in groups for expert in group[1:]}
 
 
-def _split(group: list[int], tensor: TensorPlan) -> Iterable[list[int]]:
+def _split(group: list[int], tensor: MappedTensor) -> Iterable[list[int]]:
     """The experts of a group by what their samples in one stack are."""
     parts: dict[Hashable, list[int]] = {}
     for expert in group:
-        parts.setdefault(_fingerprint(tensor.mapped.slabs[expert], SAMPLES), []).append(expert)
+        parts.setdefault(_fingerprint(tensor.slabs[expert], SAMPLES), []).append(expert)
     return parts.values()
 
 

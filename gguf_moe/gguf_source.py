@@ -36,10 +36,14 @@ _GUESSED = int(gguf.LlamaFileType.GUESSED)
 class StoredTensor(SourceTensor):
     """A tensor of a GGUF file in a type of blocks, `stored`. Its rows come decoded, or from `raw` as they are."""
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
+        return TENSOR_TYPES[self.type].row_bytes(self.columns)
+
     def raw(self) -> np.ndarray:
         """The rows as they stand in the file: mapped, read-only, uint8 [rows, row bytes]."""
-        width = TENSOR_TYPES[self.type].row_bytes(self.columns)
-        return map_file(self.file, np.dtype(np.uint8), self.offset, (math.prod(self.shape[:-1]), width))
+        return map_file(self.file, np.dtype(np.uint8), self.offset, (math.prod(self.shape[:-1]), self.row_bytes))
 
     def matrix(self) -> Any:
         """What gives float32 rows for an index of rows, decoded as they are asked for."""

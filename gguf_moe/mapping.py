@@ -31,6 +31,11 @@ class Slab:
     rows: int
     rotary_heads: int | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its rows in the source."""
+        return self.rows * self.source.row_bytes
+
     def read(self, matrix: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Rows [start, stop) of the slab out of its source's mapped `matrix`: a view, or a copy when reordered.
 
@@ -68,6 +73,11 @@ class MappedTensor:
     def elements(self) -> int:
         """Number of weights."""
         return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its rows in the source."""
+        return sum(slab.nbytes for slab in self.slabs)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ from gguf_moe import mapping
 from gguf_moe.arch import Architecture, ModelFacts, find_architecture
 from gguf_moe.checkpoint import Checkpoint
 from gguf_moe.errors import GgufMoeError, UsageError
-from gguf_moe.gguf_file import encode_header, padded
 from gguf_moe.gguf_keys import (
     ModelKeys,
     check_vocabulary,
@@ -29,10 +28,11 @@ from gguf_moe.gguf_keys import (
 )
 from gguf_moe.gguf_reader import TENSOR_TYPES, TensorInfo
 from gguf_moe.gguf_source import GgufModel, map_gguf
+from gguf_moe.layout import PlannedFile, TensorPlan, lay_out
 from gguf_moe.metadata import add_metadata, check_asked, read_metadata
 from gguf_moe.naming import default_file_name
 from gguf_moe.overrides import apply_overrides
-from gguf_moe.recipe import KEPT, Choice, FileType, RecipeFacts, quantizer_order
+from gguf_moe.recipe import KEPT, FileType, RecipeFacts, quantizer_order
 from gguf_moe.request import Request
 from gguf_moe.rules import Chooser
 from gguf_moe.tokenizer import Vocabulary, read_vocabulary
@@ -40,32 +40,23 @@ from quant import FORMATS
 
 
 @dataclass(frozen=True)
-class TensorPlan:
-    """One tensor of the output: where its rows come from, what it becomes, where its bytes go."""
-
-    mapped: mapping.MappedTensor = field(repr=False)
-    choice: Choice
-    info: TensorInfo
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row in the file."""
-        return TENSOR_TYPES[self.info.type].row_bytes(self.mapped.shape[-1])
-
-
-@dataclass(frozen=True)
 class Plan:
-    """Everything about one output file. Made without reading a weight."""
+    """Everything about one output, a file or its shards. Made without reading a weight."""
 
     directory: Path  # of the checkpoint, or the GGUF file
     file_type: FileType
-    keys: dict[str, Any] = field(repr=False)
-    tensors: tuple[TensorPlan, ...] = field(repr=False)
-    header: bytes = field(repr=False)
+    by_quantizer: bool  # llama.cpp would need its quantizer for this, with its order of keys and tensors
+    keys: dict[str, Any] = field(repr=False)  # of the model; shards have their own beside
+    files: tuple[PlannedFile, ...] = field(repr=False)
     default_name: str
     warnings: tuple[str, ...]
     overridden: tuple[str, ...] = ()  # keys that the user set
     inputs: tuple[Path, ...] = ()  # GGUF files that are read, so never to be written to
+
+    @cached_property
+    def tensors(self) -> tuple[TensorPlan, ...]:
+        """Of all files, in their order."""
+        return tuple(tensor for file in self.files for tensor in file.tensors)
 
     @cached_property
     def data_bytes(self) -> int:
@@ -82,10 +73,10 @@ class Plan:
         """Effective: all tensor data over all weights."""
         return 8 * self.data_bytes / self.elements
 
-    @cached_property
+    @property
     def size(self) -> int:
-        """Bytes of the file."""
-        return len(self.header) + sum(padded(t.info.nbytes) for t in self.tensors)
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
 
     @property
     def types(self) -> dict[str, int]:
@@ -101,44 +92,68 @@ def make_plan(
 
     Raises GgufMoeError for anything about the source that would not give a working file.
     """
+    return make_plans(source, [file_type], request)[0]
+
+
+def make_plans(
+    source: Checkpoint | GgufModel, file_types: Sequence[FileType | None], request: Request | None = None
+) -> list[Plan]:
+    """A plan for each of the file types, as `make_plan` makes them; a checkpoint is looked through once."""
     request = request or Request()
     if isinstance(source, GgufModel):
-        return _plan_from_gguf(source, file_type or source.kept_file_type, request)
-    if file_type is None:
-        raise UsageError(f"{source.directory}: a checkpoint needs a file type: give --bits or --quant")
-    return _plan_from_checkpoint(source, file_type, request)
+        return [_plan_from_gguf(source, file_type or source.kept_file_type, request) for file_type in file_types]
+    described = _describe(source, request)
+    return [_plan_from_checkpoint(described, file_type, request) for file_type in file_types]
 
 
-def _plan_from_checkpoint(checkpoint: Checkpoint, file_type: FileType, request: Request) -> Plan:
+@dataclass(frozen=True)
+class _Described:
+    """What a checkpoint says of itself, whatever the file type."""
+
+    directory: Path
+    architecture: Architecture
+    facts: ModelFacts
+    mapped: list[mapping.MappedTensor]
+    vocabulary: Vocabulary
+    metadata: gguf.Metadata
+    metadata_warnings: list[str]
+
+
+def _describe(checkpoint: Checkpoint, request: Request) -> _Described:
     architecture = find_architecture(checkpoint.config)
     facts = architecture.facts(checkpoint.config, request.experts_used)
     mapped = mapping.map_tensors(checkpoint, architecture, facts)
-    vocabulary = read_vocabulary(
-        checkpoint.directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template
-    )
+    directory = checkpoint.directory
+    vocabulary = read_vocabulary(directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template)
+    return _Described(directory, architecture, facts, mapped, vocabulary, *read_metadata(directory, mapped, request))
+
+
+def _plan_from_checkpoint(described: _Described, file_type: FileType | None, request: Request) -> Plan:
+    directory, facts, architecture = described.directory, described.facts, described.architecture
+    if file_type is None:
+        raise UsageError(f"{directory}: a checkpoint needs a file type: give --bits or --quant")
     by_quantizer = _by_quantizer(file_type, request)
-    tied = not any(tensor.name == "output.weight" for tensor in mapped)
+    tied = not any(tensor.name == "output.weight" for tensor in described.mapped)
     recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied, architecture.name)
-    tensors, rule_warnings = _place(mapped, file_type, recipe_facts, request)
-    metadata, metadata_warnings = read_metadata(checkpoint.directory, mapped, request)
+    tensors, rule_warnings = _choose(described.mapped, file_type, recipe_facts, request)
     try:
-        keys = _keys(checkpoint.directory, architecture, facts, vocabulary, metadata, file_type, by_quantizer)
+        keys = _keys(described, file_type, by_quantizer)
         if by_quantizer:
             keys = {key: cut_at_nul(value) for key, value in keys.items()}
         keys, key_warnings = apply_overrides(keys, request.override_kv, architecture.name, facts.vocabulary)
-        header = encode_header(keys, [t.info for t in tensors])
+        files = lay_out(tensors, keys, request.splitting, by_converter=not by_quantizer)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error) as error:
         raise GgufMoeError(
-            f"{checkpoint.directory}: the tokenizer's files or the model card hold what GGUF cannot: {error!r}"
+            f"{directory}: the tokenizer's files or the model card hold what GGUF cannot: {error!r}"
         ) from None
     return Plan(
-        checkpoint.directory,
+        directory,
         file_type,
+        by_quantizer,
         keys,
-        tensors,
-        header,
-        _default_name(keys, mapped, request, file_type),
-        (*facts.notes, *vocabulary.notes, *metadata_warnings, *key_warnings, *rule_warnings),
+        files,
+        _default_name(keys, described.mapped, request, file_type),
+        (*facts.notes, *described.vocabulary.notes, *described.metadata_warnings, *key_warnings, *rule_warnings),
         _overridden(request),
     )
 
@@ -151,7 +166,8 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> 
     if file_type.default == KEPT and (request.rules.retype or request.rules.pure):
         raise UsageError("options for types need --bits or --quant; without, a GGUF file keeps its tensors' types")
     check_asked(request)
-    keys = converted_keys(model.keys, file_type, _by_quantizer(file_type, request))
+    by_quantizer = _by_quantizer(file_type, request)
+    keys = converted_keys(model.keys, file_type, by_quantizer)
     keys = with_asked(model.path, keys, request.name, request.size_label, request.experts_used)
     model_keys = ModelKeys(model.path, keys)
     tokens = model_keys.value(gguf.Keys.Tokenizer.LIST)
@@ -164,14 +180,14 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> 
     check_vocabulary(model_keys, mapped)
     if facts.architecture == "falcon" and file_type.quantized and file_type.default != KEPT:
         raise GgufMoeError(f"{model.path}: llama.cpp has types of its own for falcon, which gguf-moe does not know")
-    tensors, rule_warnings = _place(mapped, file_type, facts, request, keep=True)
+    tensors, rule_warnings = _choose(mapped, file_type, facts, request, keep=True)
     _check_decoding(tensors, request)
     return Plan(
         model.path,
         file_type,
+        by_quantizer,
         keys,
-        tensors,
-        encode_header(keys, [t.info for t in tensors]),
+        lay_out(tensors, keys, request.splitting, by_converter=False),
         _default_name(keys, mapped, request, file_type, model.stem),
         (*key_warnings, *rule_warnings),
         _overridden(request),
@@ -180,7 +196,7 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> 
 
 
 def _by_quantizer(file_type: FileType, request: Request) -> bool:
-    """Whether llama.cpp would need its quantizer, with its order of keys and tensors, for what is asked."""
+    """Whether llama.cpp would need its quantizer for what is asked."""
     return file_type.quantized or request.rules.retype or bool(request.override_kv)
 
 
@@ -209,19 +225,18 @@ def _default_name(
     return default_file_name(name or stem, base, finetune, version, size, file_type.name)
 
 
-def _place(
+def _choose(
     mapped: list[mapping.MappedTensor], file_type: FileType, facts: RecipeFacts, request: Request, *, keep: bool = False
-) -> tuple[tuple[TensorPlan, ...], list[str]]:
-    """Order, type, bytes and offset of every tensor; and what is to be said of the rules that chose the types.
+) -> tuple[list[TensorPlan], list[str]]:
+    """Order and type of every tensor, not yet its place; and what is to be said of the rules that chose the types.
 
     keep: what the quantizer does not touch keeps its source's type, instead of being F32.
     """
     by_quantizer = _by_quantizer(file_type, request)
     if by_quantizer:
-        mapped.sort(key=lambda tensor: quantizer_order(tensor.name))
+        mapped = sorted(mapped, key=lambda tensor: quantizer_order(tensor.name))
     chooser = Chooser(file_type, facts, request.rules, keep=keep)
     tensors = []
-    offset = 0
     for tensor in mapped:
         columns, shape = tensor.shape[-1], tensor.shape
         choice = chooser.choose(tensor.name, tensor.role, tensor.layer, columns, tensor.slabs[0].source.type)
@@ -230,12 +245,11 @@ def _place(
         while by_quantizer and len(shape) > 1 and shape[0] == 1:  # the quantizer writes no outer 1s
             shape = shape[1:]
         nbytes = tensor.elements // columns * TENSOR_TYPES[choice.type].row_bytes(columns)
-        tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, shape, nbytes, offset)))
-        offset += padded(nbytes)
+        tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, shape, nbytes, 0)))
     warnings = chooser.check()
     if request.strict:
         _refuse_fallbacks(tensors)
-    return tuple(tensors), warnings + _fallback_warning(tensors)
+    return tensors, warnings + _fallback_warning(tensors)
 
 
 def _refuse_fallbacks(tensors: Sequence[TensorPlan]) -> None:
@@ -259,7 +273,7 @@ def _check_one_type(tensor: mapping.MappedTensor) -> None:
         )
 
 
-def _check_decoding(tensors: tuple[TensorPlan, ...], request: Request) -> None:
+def _check_decoding(tensors: Sequence[TensorPlan], request: Request) -> None:
     """Refuse to decode what is in blocks already, unless asked for, and what cannot be decoded."""
     for tensor in tensors:
         for source in (slab.source for slab in tensor.mapped.slabs):
@@ -275,26 +289,19 @@ def _check_decoding(tensors: tuple[TensorPlan, ...], request: Request) -> None:
                 )
 
 
-def _keys(
-    directory: Path,
-    architecture: Architecture,
-    facts: ModelFacts,
-    vocabulary: Vocabulary,
-    metadata: gguf.Metadata,
-    file_type: FileType,
-    by_quantizer: bool,
-) -> dict[str, Any]:
+def _keys(described: _Described, file_type: FileType, by_quantizer: bool) -> dict[str, Any]:
     """All keys in the order of llama.cpp's converter, or of its quantizer, which sets two of them anew at the end."""
+    architecture, facts = described.architecture, described.facts
     writer = gguf.GGUFWriter(None, architecture.name)
     writer.add_type(gguf.GGUFType.MODEL)
-    add_metadata(writer, metadata, directory)
+    add_metadata(writer, described.metadata, described.directory)
     architecture.add_keys(writer, facts)
     if not by_quantizer:
         writer.add_file_type(file_type.id)
     architecture.add_last_keys(writer, facts)
     if not by_quantizer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    vocabulary.add_keys(writer)
+    described.vocabulary.add_keys(writer)
     if by_quantizer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(file_type.id)

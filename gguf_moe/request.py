@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gguf_moe.rules import Rules
+from gguf_moe.sharding import Splitting
 
 
 @dataclass(frozen=True)
@@ -22,3 +23,4 @@ class Request:
     name: str | None = None
     size_label: str | None = None
     allow_requantize: bool = False
+    splitting: Splitting | None = None  # into shards

@@ -10,14 +10,19 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": "checkpoint convert duplicates errors gguf_reader gguf_source plan recipe recipe_file report request rules",
+    "cli": "checkpoint convert duplicates errors filling gguf_reader gguf_source plan recipe recipe_file report "
+    "request rules",
     "__main__": "cli",
     "__init__": "",
     "report": "gguf_reader naming plan recipe",
-    "convert": "checkpoint duplicates errors gguf_file mapping plan",
+    "convert": "duplicates errors filling gguf_file layout plan",
+    "filling": "duplicates encoding gguf_file layout mapping recipe",
+    "encoding": "checkpoint errors mapping",
     "duplicates": "mapping plan",
-    "plan": "arch checkpoint errors gguf_file gguf_keys gguf_reader gguf_source mapping metadata naming overrides "
-    "recipe request rules tokenizer",
+    "plan": "arch checkpoint errors gguf_keys gguf_reader gguf_source layout mapping metadata naming overrides recipe "
+    "request rules tokenizer",
+    "layout": "gguf_file gguf_reader mapping recipe sharding",
+    "sharding": "errors gguf_file",
     "gguf_keys": "arch errors mapping recipe",
     "gguf_source": "checkpoint errors gguf_reader mapping recipe",
     "metadata": "checkpoint donors errors gguf_file mapping request",
@@ -27,7 +32,7 @@ ALLOWED = {
     "mapping": "arch checkpoint errors recipe",
     "arch": "arch checkpoint errors",
     "tokenizer": "checkpoint errors tokenizer",
-    "request": "rules",
+    "request": "rules sharding",
     "recipe_file": "errors recipe rules",
     "rules": "errors recipe",
     "recipe": "errors",

@@ -64,9 +64,9 @@ MOE = {"base_model": "z/base-v0.1", "experts": [{"source_model": name, "positive
 
 
 def test_the_bundled_card_and_configuration_agree(merge: Path) -> None:
-    with_both = make_plan(open_checkpoint(merge), find_file_type("Q4_K_M")).header
+    with_both = make_plan(open_checkpoint(merge), find_file_type("Q4_K_M")).files[0].header
     (merge / "mergekit_moe_config.yml").unlink()
-    assert make_plan(open_checkpoint(merge), find_file_type("Q4_K_M")).header == with_both
+    assert make_plan(open_checkpoint(merge), find_file_type("Q4_K_M")).files[0].header == with_both
 
 
 def test_without_a_card_the_experts_then_the_base_model(merge: Path) -> None:
@@ -122,7 +122,7 @@ def test_references_with_revisions_adapters_mappings_and_paths(merge: Path) -> N
         "https://huggingface.co/s/6",
     ]
     assert [entry["name"] for entry in found] == ["One", "Two", "Three 7B", "Four", "Five", "6"]
-    assert b"private" not in plan(merge).header
+    assert b"private" not in plan(merge).files[0].header
 
 
 @pytest.mark.parametrize(

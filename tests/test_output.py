@@ -15,10 +15,11 @@ import pytest
 from checkpoints import MERGE, Parts, bundled
 
 import quant
-from gguf_moe import convert as convert_module
+from gguf_moe import filling
 from gguf_moe.checkpoint import open_checkpoint
-from gguf_moe.convert import Progress, convert
+from gguf_moe.convert import convert
 from gguf_moe.errors import GgufMoeError
+from gguf_moe.filling import Progress
 from gguf_moe.plan import make_plan
 from gguf_moe.recipe import find_file_type
 
@@ -144,7 +145,7 @@ def test_bytes_depend_neither_on_threads_nor_pieces_nor_backend(
     quant.use_backend(backend)
     request.addfinalizer(lambda: quant.use_backend(None))
     for threads, weights in ((1, 1 << 20), (2, 1 << 16), (3, 12_345), (8, 1 << 18)):
-        monkeypatch.setattr(convert_module, "PIECE_WEIGHTS", weights)
+        monkeypatch.setattr(filling, "PIECE_WEIGHTS", weights)
         target = tmp_path / f"{threads}.gguf"
         convert(plan, target, threads=threads)
         assert hashlib.sha256(target.read_bytes()).hexdigest() == want
