@@ -76,13 +76,14 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
     if not path.parent.is_dir():
         raise GgufMoeError(f"{path}: directory {path.parent} does not exist")
     for file in plan.files:
-        _check_file(plan, file.path(path), force)
+        check_file(plan, file.path(path), force=force)
     free = shutil.disk_usage(path.parent).free
     if free < plan.size:
         raise GgufMoeError(f"{path}: needs {plan.size} bytes, but only {free} are free on that disk")
 
 
-def _check_file(plan: Plan, path: Path, force: bool) -> None:
+def check_file(plan: Plan, path: Path, *, force: bool) -> None:
+    """Refuse a path that is not ours to write to."""
     if path.exists() and any(path.samefile(source) for source in plan.inputs):
         raise GgufMoeError(f"{path}: is the input itself; name another file with --output")
     if path.exists() and not path.is_file():

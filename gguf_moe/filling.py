@@ -186,6 +186,6 @@ def _write(piece: _Piece, rows: _Encoded) -> None:
             output.sink.write(output.start + first, output.sink.read(output.twin + first, nbytes))
         else:
             output.sink.write(output.start + first, rows.data[output.tensor.info.type].data)
-        if piece.job.last and piece.stop == piece.job.slab.rows:
-            padding = padded(output.tensor.info.nbytes) - output.tensor.info.nbytes
+        padding = padded(output.tensor.info.nbytes) - output.tensor.info.nbytes
+        if padding and piece.job.last and piece.stop == piece.job.slab.rows:
             output.sink.write(output.start + first + nbytes, bytes(padding))

@@ -69,15 +69,15 @@ def publish(path: Path, size: int, *, replace: bool) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _rename(temporary, path, replace)
+        rename(temporary, path, replace)
     except BaseException:
         with suppress(FileNotFoundError):
             temporary.unlink()
         raise
-    _sync_directory(path.parent)
+    sync_directory(path.parent)
 
 
-def _rename(temporary: Path, path: Path, replace: bool) -> None:
+def rename(temporary: Path, path: Path, replace: bool) -> None:
     if not replace:
         try:
             os.link(temporary, path)  # unlike a rename, fails where the name is taken
@@ -91,7 +91,7 @@ def _rename(temporary: Path, path: Path, replace: bool) -> None:
     os.replace(temporary, path)
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     if os.name != "posix":  # elsewhere directories cannot be opened, and a rename is durable by itself or not at all
         return
     handle = os.open(directory, os.O_RDONLY)

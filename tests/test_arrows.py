@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": "checkpoint convert duplicates errors filling gguf_reader gguf_source plan recipe recipe_file report "
+    "cli": "checkpoint cli convert duplicates errors filling gguf_reader gguf_source plan recipe recipe_file report "
     "request rules",
     "__main__": "cli",
     "__init__": "",
@@ -73,7 +73,7 @@ def test_arrows_point_one_way(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_the_library_neither_prints_nor_exits(path: Path) -> None:
-    if path.name == "cli.py":
+    if "cli" in path.parts:
         return
     calls = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
     names = {ast.unparse(call) for call in calls}

@@ -166,8 +166,9 @@ def test_an_error_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
 
 def start_slow_conversion(tmp_path: Path) -> tuple[subprocess.Popen, Path]:
     """A conversion that has begun to write: it stops at the first line of progress, until it is killed."""
-    code = "import time; from gguf_moe import cli; cli.PLAIN_STEPS = 100; "
-    code += "echo = cli.click.echo; cli.click.echo = lambda *a, **k: (echo(*a, **k), time.sleep(60)); cli.main()"
+    code = "import time; from gguf_moe import cli; from gguf_moe.cli import progress; progress.PLAIN_STEPS = 100; "
+    code += "echo = progress.click.echo; "
+    code += "progress.click.echo = lambda *a, **k: (echo(*a, **k), time.sleep(60)); cli.main()"
     target = tmp_path / "out.gguf"
     arguments = ["convert", str(MERGE), "--bits", "6", "-o", str(target)]
     process = subprocess.Popen([sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True)

@@ -1,0 +1,44 @@
+"""Bars, lines and warnings for a person watching."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import click
+from tqdm import tqdm
+
+from gguf_moe import report
+from gguf_moe.filling import Progress
+
+PLAIN_STEPS = 10  # progress lines where there is no terminal
+
+
+def warn(warnings: Iterable[str]) -> None:
+    """A line on stderr for each warning."""
+    for warning in warnings:
+        click.echo(f"gguf-moe: warning: {report.one_line(warning)}", err=True)
+
+
+@contextmanager
+def progress_lines(total: int) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, a line for every tenth otherwise."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
+
+            def advance(progress: Progress) -> None:
+                bar.set_postfix_str(report.printable(progress.tensor), refresh=False)
+                bar.update(progress.done - bar.n)
+
+            yield advance
+        return
+    shown = 0
+
+    def line(progress: Progress) -> None:
+        nonlocal shown
+        if (step := PLAIN_STEPS * progress.done // progress.total) > shown:
+            shown = step
+            click.echo(f"{100 * step // PLAIN_STEPS} % written, at {report.printable(progress.tensor)}", err=True)
+
+    yield line
