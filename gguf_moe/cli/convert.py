@@ -61,7 +61,7 @@ def convert(
         click.echo(f"would be written to {target}")
         return
     started = time.monotonic()
-    with progress_lines(sum(t.mapped.nbytes for t in plan.tensors)) as show:
+    with progress_lines() as show:
         run_plan(plan, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
     click.echo("\n".join([report.plan_summary(plan), *duplicates.notes()]))
     click.echo(f"{target} written in {time.monotonic() - started:.1f} seconds")

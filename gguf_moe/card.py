@@ -1,0 +1,2 @@
+def write_card(d, plans, manifest, *, quantized_by=None, repo=None, report=None):
+    return []

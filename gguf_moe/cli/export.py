@@ -1,0 +1,166 @@
+"""`gguf-moe export`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+from tqdm import tqdm
+
+from gguf_moe import report
+from gguf_moe.card import write_card
+from gguf_moe.cli.options import as_request, open_model, request_options
+from gguf_moe.cli.progress import Bar, warn
+from gguf_moe.duplicates import find_duplicates
+from gguf_moe.estimate import seconds_of_encoding
+from gguf_moe.export import LADDER, Event, Finished, Found
+from gguf_moe.export import export as run_plans
+from gguf_moe.filling import Progress
+from gguf_moe.plan import Plan, make_plans
+from gguf_moe.recipe import find_file_type
+from gguf_moe.recipe_file import RecipeFile, read_recipe
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory; made if it is missing."
+)
+@click.option(
+    "--quant", "names", multiple=True, metavar="NAME", help=f"A level, repeatable; by default {' '.join(LADDER)}."
+)
+@click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
+@click.option("--force", is_flag=True, help="Replace files that no export made.")
+@click.option("--dry-run", is_flag=True, help="Print the levels with sizes and costs, and write nothing.")
+@click.option("--json", "as_json", is_flag=True, help="Events as JSON, one a line, for programs.")
+@click.option("--quantized-by", metavar="NAME", help="Who stands in the model card as its maker.")
+@click.option("--repo", metavar="ORG/NAME", help="Where the files will be published, for the card's commands.")
+@request_options
+def export(
+    model: Path,
+    output: Path,
+    names: tuple[str, ...],
+    threads: int | None,
+    force: bool,
+    dry_run: bool,
+    as_json: bool,
+    quantized_by: str | None,
+    repo: str | None,
+    recipe: Path | None,
+    **asked: Any,
+) -> None:
+    """Write a whole ladder of GGUF files of MODEL into a directory, with checksums and a model card, from one read.
+
+    Run again, it goes on where it stopped, and makes anew only what the model or the options have changed."""
+    asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
+    request = as_request(asked_recipe, **asked)
+    levels = [find_file_type(name) for name in names] or [asked_recipe.file_type]
+    if levels == [None]:
+        levels = [find_file_type(name) for name in LADDER]
+    plans = make_plans(open_model(model), list(dict.fromkeys(levels)), request)
+    warn(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
+    if dry_run:
+        _print_levels(plans, output, threads, as_json)
+        return
+    duplicates = find_duplicates(plans)
+    try:
+        with Bar() as bar:
+            manifest = run_plans(
+                plans,
+                output,
+                recipe=_as_asked(recipe, asked),
+                threads=threads,
+                force=force,
+                twins=duplicates.twins,
+                on_event=_Watcher(bar, as_json).show,
+            )
+    except (KeyboardInterrupt, SystemExit):
+        click.echo("gguf-moe: interrupted; the same command goes on from here", err=True)
+        raise
+    warn(write_card(output, plans, manifest, quantized_by=quantized_by, repo=repo))
+    if not as_json:
+        click.echo("\n".join([*duplicates.notes(), f"{len(plans)} levels are complete in {output}"]))
+
+
+def _as_asked(recipe: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
+    """The options that were given, for the manifest; of a path its last part, the rest is nobody else's business."""
+    given = {name.replace("_", "-"): value for name, value in asked.items() if value not in (None, False, ())}
+    if recipe:
+        given["recipe"] = recipe.read_text(encoding="utf-8")
+    return json.loads(json.dumps(given, default=lambda path: path.name))
+
+
+class _Watcher:
+    """Shows events: a bar on a terminal and a line for each level; or all of them as JSON."""
+
+    def __init__(self, bar: Bar, as_json: bool) -> None:
+        self.bar, self.as_json, self.percent = bar, as_json, -1
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Progress):
+            self._advance(event)
+        elif self.as_json:
+            self._print_json(event)
+        else:
+            tqdm.write(_found_line(event) if isinstance(event, Found) else _finished_line(event))
+
+    def _advance(self, progress: Progress) -> None:
+        if not self.as_json:
+            self.bar.show(progress)
+        elif (percent := 100 * progress.done // progress.total) > self.percent:
+            self.percent = percent
+            self._print_json(progress)
+
+    def _print_json(self, event: Event) -> None:
+        click.echo(json.dumps({"event": type(event).__name__.lower(), **dataclasses.asdict(event)}))
+
+
+def _found_line(found: Found) -> str:
+    if found.state == "complete":
+        return f"{found.file} is complete"
+    if found.state == "resumed":
+        return f"{found.file} goes on at {100 * found.done // found.size} %"
+    return f"{found.file} is begun anew: {found.why}"
+
+
+def _finished_line(finished: Finished) -> str:
+    level = finished.level
+    name = level.files[0].name + (f" and {len(level.files) - 1} more shards" if len(level.files) > 1 else "")
+    size = report.size_text(sum(file.size for file in level.files))
+    return (
+        f"{level.quant}: {name}, {size}, {level.bits_per_weight:.2f} bits per weight, after {level.seconds:.1f} seconds"
+    )
+
+
+def _print_levels(plans: list[Plan], output: Path, threads: int | None, as_json: bool) -> None:
+    """The dry run: every level with its size and what it costs, and the disk that all need."""
+    seconds = seconds_of_encoding(plans, threads)
+    place = next(path for path in (output, *output.resolve().parents) if path.is_dir())
+    needed, free = sum(plan.size for plan in plans), shutil.disk_usage(place).free
+    if as_json:
+        levels = [
+            {
+                "quant": plan.file_type.name,
+                "files": [file.path(Path(plan.default_name)).name for file in plan.files],
+                "size_bytes": plan.size,
+                "bits_per_weight": plan.bits_per_weight,
+                "seconds": cost,
+            }
+            for plan, cost in zip(plans, seconds)
+        ]
+        click.echo(json.dumps({"levels": levels, "needed_bytes": needed, "free_bytes": free}, indent=1))
+        return
+    rows: list[tuple[object, ...]] = [("level", "files", "bytes", "", "bits per weight", "encoding")]
+    for plan, cost in zip(plans, seconds):
+        size, bits = report.size_text(plan.size), f"{plan.bits_per_weight:.2f}"
+        rows.append((plan.file_type.name, len(plan.files), plan.size, size, bits, f"{cost:.1f} s"))
+    rows.append(
+        ("all", sum(len(plan.files) for plan in plans), needed, report.size_text(needed), "", f"{sum(seconds):.1f} s")
+    )
+    click.echo(report.table(rows, "<>>>>>"))
+    click.echo("encoding: about, beside what the levels above have encoded already")
+    click.echo(f"would be written to {output}, where {report.size_text(free)} are free")

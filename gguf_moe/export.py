@@ -1,0 +1,220 @@
+"""A ladder of files from one read of the source, taken up where an earlier run stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from gguf_moe import __version__
+from gguf_moe.checksums import write_sums
+from gguf_moe.convert import check_file
+from gguf_moe.duplicates import Place
+from gguf_moe.errors import GgufMoeError
+from gguf_moe.filling import Progress, fill
+from gguf_moe.layout import PlannedFile
+from gguf_moe.manifest import ExportedFile, Level, Manifest, make_manifest, read_manifest, write_manifest
+from gguf_moe.partial import OUTDATED, PartialFile, hash_file, journal_of
+from gguf_moe.plan import Plan
+
+LADDER = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
+LOCK = ".gguf-moe.lock"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a run makes of what is there of a file.
+
+    state: "complete" (stays as it is), "resumed" (`done` of `size` bytes are whole), "anew" (thrown away; why).
+    """
+
+    file: str
+    state: str
+    done: int
+    size: int
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """All files of a level have their names."""
+
+    level: Level
+
+
+Event = Found | Progress | Finished
+
+
+def export(
+    plans: Sequence[Plan],
+    directory: Path,
+    *,
+    recipe: Mapping[str, Any],
+    threads: int | None = None,
+    force: bool = False,
+    twins: Mapping[Place, Place] | None = None,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> Manifest:
+    """Write every plan's files into `directory`, in one read of the source; what is complete there is kept.
+
+    recipe: what the user asked, for the manifest. threads, twins: see `fill`. Files grow under names that end in
+    .partial, with a journal each; when the run is interrupted, the next one goes on from there. A finished file that
+    the manifest names is replaced when it is outdated; any other only with `force`. Raises GgufMoeError for a target
+    that cannot be written or that another run writes to, for a source that changes meanwhile, and as `fill` does.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _locked(directory):
+            return _Run(plans, directory, dict(recipe), force, on_event).run(threads, twins)
+    except OSError as error:
+        raise GgufMoeError(f"{directory}: not written: {error}; what is whole stays, run again to go on") from None
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    lock = filelock.FileLock(directory / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise GgufMoeError(f"{directory}: another export is writing there; wait for it or name another one") from None
+    try:
+        yield
+    finally:
+        (directory / LOCK).unlink(missing_ok=True)  # first, so that nobody waits for a file without a name
+        lock.release()
+
+
+class _Run:
+    """One export under its lock."""
+
+    def __init__(
+        self,
+        plans: Sequence[Plan],
+        directory: Path,
+        recipe: dict[str, Any],
+        force: bool,
+        on_event: Callable[[Event], None],
+    ) -> None:
+        self.plans, self.directory, self.recipe, self.force, self.on_event = plans, directory, recipe, force, on_event
+        self.started = time.monotonic()
+        self.source = source_state(plans[0])
+        before = read_manifest(directory)
+        levels = before.levels if before else ()
+        self.known = {file.name: file for level in levels for file in level.files}
+        self.levels = {level.files[0].name: level for level in levels if all(map(self._is_there, level.files))}
+        self.whole: dict[str, ExportedFile] = {}  # of this run's plans, by name
+
+    def run(self, threads: int | None, twins: Mapping[Place, Place] | None) -> Manifest:
+        partials = [partial for plan in self.plans for partial in self._partials(plan)]
+        self._check_space(partials)
+        with ExitStack() as stack:
+            for partial in partials:
+                stack.callback(partial.close)
+                partial.prepare()
+                self._tell(partial)
+            fill(
+                [partial for partial in partials if not partial.sha256],
+                quantizer_ordered=any(plan.by_quantizer for plan in self.plans),
+                threads=threads,
+                twins=twins,
+                on_progress=self.on_event,
+            )
+        return self._save()
+
+    def _partials(self, plan: Plan) -> Iterator[PartialFile]:
+        """The files of a plan that are still to be made. Refuses a path that must not be written."""
+        for planned in plan.files:
+            path = planned.path(self.directory / plan.default_name)
+            partial = PartialFile(
+                planned,
+                path,
+                fingerprint(planned, self.source),
+                check_source=self._check_source,
+                on_published=lambda partial: self._published(plan, partial),
+            )
+            entry = self.known.get(path.name)
+            partial.replace = self.force or entry is not None or partial.is_renamed()
+            check_file(plan, path, force=partial.replace)
+            if entry and entry.fingerprint == partial.fingerprint and is_unchanged(path, entry):
+                self.whole[path.name] = entry
+                partial.journal.unlink(missing_ok=True)  # of a run that was stopped just then
+                self.on_event(Found(path.name, "complete", planned.size, planned.size))
+            else:
+                yield partial
+
+    def _check_space(self, partials: Sequence[PartialFile]) -> None:
+        needed = sum(max(0, partial.planned.size - partial.allocated()) for partial in partials)
+        free = shutil.disk_usage(self.directory).free
+        if needed > free:
+            raise GgufMoeError(f"{self.directory}: needs {needed} bytes more, but only {free} are free on that disk")
+
+    def _tell(self, partial: PartialFile) -> None:
+        entry, size, name = self.known.get(partial.path.name), partial.planned.size, partial.path.name
+        if partial.anew:
+            self.on_event(Found(name, "anew", 0, size, partial.anew))
+        elif partial.done > len(partial.planned.header):
+            self.on_event(Found(name, "resumed", partial.done, size))
+        elif entry and partial.path.exists():
+            why = "the finished file was changed" if entry.fingerprint == partial.fingerprint else OUTDATED
+            self.on_event(Found(name, "anew", 0, size, why))
+
+    def _check_source(self) -> None:
+        if source_state(self.plans[0]) != self.source:
+            raise GgufMoeError(f"{self.plans[0].directory}: changed while it was being read; run again to begin anew")
+
+    def _published(self, plan: Plan, partial: PartialFile) -> None:
+        """Take note of a file that has its name; of the level when it is the last of it."""
+        path = partial.path
+        self.whole[path.name] = ExportedFile(
+            path.name, partial.planned.size, partial.sha256, partial.fingerprint, path.stat().st_mtime_ns
+        )
+        paths = [planned.path(self.directory / plan.default_name) for planned in plan.files]
+        if not all(path.name in self.whole for path in paths):
+            return
+        seconds = time.monotonic() - self.started
+        files = tuple(self.whole[path.name] for path in paths)
+        level = Level(plan.file_type.name, files, plan.bits_per_weight, plan.types, seconds)
+        self.levels[files[0].name] = level
+        self._save()
+        for path in paths:
+            journal_of(path).unlink(missing_ok=True)
+        self.on_event(Finished(level))
+
+    def _save(self) -> Manifest:
+        """Write manifest and checksums of all levels that are here, this run's in their order first."""
+        ours = [plan.files[0].path(self.directory / plan.default_name).name for plan in self.plans]
+        names = [name for name in dict.fromkeys([*ours, *self.levels]) if name in self.levels]
+        manifest = make_manifest(self.plans[0].directory, self.recipe, [self.levels[name] for name in names])
+        write_manifest(self.directory, manifest)
+        write_sums(self.directory, {file.name: file.sha256 for level in manifest.levels for file in level.files})
+        return manifest
+
+    def _is_there(self, file: ExportedFile) -> bool:
+        path = self.directory / file.name
+        return path.is_file() and path.stat().st_size == file.size
+
+
+def is_unchanged(path: Path, entry: ExportedFile) -> bool:
+    """Whether a finished file is still what the manifest says; its bytes are hashed only where its date differs."""
+    if not path.is_file() or path.stat().st_size != entry.size:
+        return False
+    return path.stat().st_mtime_ns == entry.mtime_ns or hash_file(path, entry.size).hexdigest() == entry.sha256
+
+
+def source_state(plan: Plan) -> str:
+    """What tells a source from itself after a change: name, size and date of its files."""
+    files = sorted({slab.source.file for tensor in plan.tensors for slab in tensor.mapped.slabs})
+    return "\n".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+
+
+def fingerprint(planned: PlannedFile, source: str) -> str:
+    """Of all that a file's bytes follow from: the program, the source, and the header, which holds the recipe."""
+    parts = (__version__, source, hashlib.sha256(planned.header).hexdigest(), str(planned.size))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

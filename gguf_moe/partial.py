@@ -1,0 +1,211 @@
+"""A planned file that grows beside its final name, with a journal, so that an interrupted run can be taken up again.
+
+The journal's first line is the fingerprint of what the file is made from; each further line says that so many bytes
+from the start are whole, and their SHA-256. So a partial file proves itself when it is taken up: its bytes are hashed
+again, which also restores the running hash. Whatever does not prove itself is begun anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from gguf_moe.errors import GgufMoeError
+from gguf_moe.gguf_file import rename, sync_directory
+from gguf_moe.gguf_reader import read_gguf
+from gguf_moe.layout import PlannedFile
+
+READ_BYTES = 1 << 20  # at once, for hashing
+OUTDATED = "source, recipe or version of gguf-moe are others now"
+_RECORD = re.compile(rb"(\d{1,20}) ([0-9a-f]{64})")
+
+
+class PartialFile:
+    """A sink for `fill` that survives its process; it publishes itself as `path` when the last byte is there.
+
+    done: bytes from the start that an earlier run left whole. anew: why an earlier run's file was thrown away, or "".
+    sha256: of the whole file, once it is published. replace: what has the name already.
+    """
+
+    def __init__(
+        self,
+        planned: PlannedFile,
+        path: Path,
+        fingerprint: str,
+        *,
+        check_source: Callable[[], None],
+        on_published: Callable[[PartialFile], None],
+    ) -> None:
+        self.planned, self.path, self.fingerprint = planned, path, fingerprint
+        self.partial, self.journal = path.with_name(f"{path.name}.partial"), journal_of(path)
+        self.done, self.anew, self.sha256, self.replace = 0, "", "", False
+        self._check_source, self._on_published = check_source, on_published
+        self._hash = hashlib.sha256()
+        self._hashed = self._recorded = 0  # bytes from the start
+        self._waiting: dict[int, int] = {}  # written, but not yet hashed since something before is missing: start, end
+        self._file: BinaryIO | None = None
+
+    def is_renamed(self) -> bool:
+        """Whether an earlier run gave the file its name and was stopped before it could say so elsewhere."""
+        left = read_journal(self.journal)
+        return bool(left) and left.done == self.planned.size and self.path.is_file() and not self.partial.exists()
+
+    def allocated(self) -> int:
+        """Bytes on disk that an earlier run left, which this one needs no more."""
+        return getattr(self.partial.stat(), "st_blocks", 0) * 512 if self.partial.exists() else 0
+
+    def prepare(self) -> None:
+        """Take up what an earlier run left, or begin anew. A file that is whole already is published."""
+        left = read_journal(self.journal)
+        if left and left.fingerprint == self.fingerprint:
+            if self._take_up(left):
+                return
+            self.anew = "what is there is damaged"
+        elif self.partial.exists():
+            self.anew = OUTDATED if left else "its journal is missing"
+        self._begin()
+
+    def write(self, offset: int, data: bytes | memoryview) -> None:
+        """Put bytes at an offset; they are hashed as soon as all before them are there."""
+        file = self._opened()
+        file.seek(offset)
+        view = memoryview(data).cast("B")
+        while view:  # a raw file may take less than all
+            view = view[file.write(view) :]
+        end = offset + memoryview(data).nbytes
+        if offset != self._hashed:
+            self._waiting[offset] = end
+            return
+        self._hash.update(data)
+        self._hashed = end
+        while (end := self._waiting.pop(self._hashed, 0)) > 0:
+            self._hash_from_file(end)
+
+    def read(self, offset: int, nbytes: int) -> bytes:
+        """Bytes that were written."""
+        file = self._opened()
+        file.seek(offset)
+        return file.read(nbytes)
+
+    def mark(self) -> None:
+        """Note in the journal how much is whole; publish the file when that is all of it."""
+        if self._hashed > self._recorded:
+            self._record()
+        self._publish_if_whole()
+
+    def close(self) -> None:
+        """Let go of the file; it and its journal stay for the next run."""
+        if self._file:
+            self._file.close()
+            self._file = None
+
+    def _opened(self) -> BinaryIO:
+        """The file, opened when it is first needed: a ladder in shards has more than a process may hold open."""
+        if self._file is None:
+            self._file = self.partial.open("r+b", buffering=0)  # what the journal says must have left this process
+        return self._file
+
+    def _begin(self) -> None:
+        self.journal.unlink(missing_ok=True)
+        with self.partial.open("wb") as file:
+            file.truncate(self.planned.size)
+        self.journal.write_text(self.fingerprint + "\n")
+        self.write(0, self.planned.header)
+        self.done = len(self.planned.header)
+        self.mark()
+
+    def _take_up(self, left: Journal) -> bool:
+        """Whether the bytes that the journal calls whole are; then go on from there."""
+        renamed = self.is_renamed()
+        file = self.path if renamed else self.partial
+        if not len(self.planned.header) <= left.done <= self.planned.size or not file.exists():
+            return False
+        if file.stat().st_size != self.planned.size:
+            return False
+        hashed = hash_file(file, left.done)
+        if hashed.hexdigest() != left.sha256:
+            return False
+        self._hash = hashed
+        self.done = self._hashed = self._recorded = left.done
+        if renamed:
+            self.sha256 = left.sha256
+            self._on_published(self)
+            return True
+        os.truncate(self.journal, left.length)
+        self._publish_if_whole()
+        return True
+
+    def _hash_from_file(self, end: int) -> None:
+        """Hash what was written before its turn came."""
+        while self._hashed < end:
+            data = self.read(self._hashed, min(READ_BYTES, end - self._hashed))
+            if not data:
+                raise GgufMoeError(f"{self.partial}: was cut short at byte {self._hashed} while it was being written")
+            self._hash.update(data)
+            self._hashed += len(data)
+
+    def _record(self) -> None:
+        with self.journal.open("ab", buffering=0) as file:
+            file.write(f"{self._hashed} {self._hash.hexdigest()}\n".encode())
+        self._recorded = self._hashed
+
+    def _publish_if_whole(self) -> None:
+        """Flush, reopen, check against the plan, and only then give the file its name."""
+        if self.sha256 or self._hashed < self.planned.size:
+            return
+        self._check_source()
+        os.fsync(self._opened().fileno())
+        self.close()
+        file = read_gguf(self.partial)
+        if file.size != self.planned.size or file.tensors != tuple(tensor.info for tensor in self.planned.tensors):
+            raise GgufMoeError(
+                f"{self.partial}: is not what was written, {self.planned.size} bytes; is the disk sound?"
+            )
+        rename(self.partial, self.path, self.replace)
+        sync_directory(self.path.parent)
+        self.sha256 = self._hash.hexdigest()
+        self._on_published(self)
+
+
+@dataclass(frozen=True)
+class Journal:
+    """What a journal says: of the file that it goes with, `done` bytes have this hash. length: its own, without a torn
+    last line."""
+
+    fingerprint: str
+    done: int
+    sha256: str
+    length: int
+
+
+def journal_of(path: Path) -> Path:
+    """The journal of the file that will be called `path`."""
+    return path.with_name(f"{path.name}.journal")
+
+
+def read_journal(path: Path) -> Journal | None:
+    """The last whole record of a journal; None when it has none."""
+    try:
+        *lines, _torn = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return None
+    records = [_RECORD.fullmatch(line) for line in lines[1:]]
+    if not records or records[-1] is None:
+        return None
+    length = sum(len(line) + 1 for line in lines)
+    return Journal(lines[0].decode(errors="replace"), int(records[-1][1]), records[-1][2].decode(), length)
+
+
+def hash_file(path: Path, nbytes: int) -> hashlib._Hash:
+    """SHA-256 of the first `nbytes` bytes of a file."""
+    hashed = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while nbytes and (data := file.read(min(READ_BYTES, nbytes))):
+            hashed.update(data)
+            nbytes -= len(data)
+    return hashed
