@@ -22,16 +22,24 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 @contextmanager
+def progress_bar(total: int, *, leave: bool = True) -> Iterator[Callable[[Progress], None]]:
+    """A bar on a terminal, nothing otherwise. leave: it stays when all is done."""
+    disable = not sys.stderr.isatty()
+    with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, leave=leave, disable=disable) as bar:
+
+        def advance(progress: Progress) -> None:
+            bar.set_postfix_str(report.printable(progress.tensor), refresh=False)
+            bar.update(progress.done - bar.n)
+
+        yield advance
+
+
+@contextmanager
 def progress_lines(total: int) -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, a line for every tenth otherwise."""
     if sys.stderr.isatty():
-        with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True) as bar:
-
-            def advance(progress: Progress) -> None:
-                bar.set_postfix_str(report.printable(progress.tensor), refresh=False)
-                bar.update(progress.done - bar.n)
-
-            yield advance
+        with progress_bar(total) as show:
+            yield show
         return
     shown = 0
 
