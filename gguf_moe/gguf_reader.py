@@ -146,7 +146,8 @@ class GgufFile:
     @property
     def alignment(self) -> int:
         """Tensor data begin at multiples of it."""
-        return self.keys.get(gguf.Keys.General.ALIGNMENT, gguf.GGUF_DEFAULT_ALIGNMENT)
+        value = self.values.get(gguf.Keys.General.ALIGNMENT)
+        return gguf.GGUF_DEFAULT_ALIGNMENT if value is None else value.value
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -331,8 +332,8 @@ class _Header:
     def check_end(self, last: TensorInfo, data_start: int) -> None:
         end = data_start + last.offset + last.nbytes
         if end > self.size:
-            missing = f"{end - self.size} bytes are missing, the file is truncated"
-            self.fail(f"the data of tensor {last.name!r} ends at byte {end}: {missing}")
+            where = f"the data of tensor {last.name!r} ends at byte {end}"
+            self.fail(f"{where}; the file is truncated, bytes missing: {end - self.size}")
 
 
 def _padded(nbytes: int, alignment: int) -> int:

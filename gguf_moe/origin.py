@@ -1,4 +1,4 @@
-"""What a GGUF file ought to be, if it derives from a model: planned anew from that model, and compared with the file."""
+"""What a GGUF file ought to be if it derives from a model: planned anew from that, and compared with the file."""
 
 from __future__ import annotations
 
@@ -105,10 +105,9 @@ class Origin:
             if isinstance(self._source, GgufModel) and self._source.kept_file_type.id == number:
                 file_types.append(None)
             if not file_types:
-                name = file_type_name(number) or "no file type"
-                raise GgufMoeError(
-                    f"general.file_type is {number!r}, {name}, which gguf-moe does not make of {self.name}"
-                )
+                name = file_type_name(number) or "an unknown type"
+                found = "is missing" if number is None else f"is {number!r:.80}, {name}"
+                raise GgufMoeError(f"general.file_type {found}, expected one that gguf-moe makes of {self.name}")
             self._plans[number] = self._made(file_types)
         return self._plans[number]
 
@@ -138,8 +137,8 @@ def _expected(plan: Plan, file: GgufFile, number: int, count: int) -> Expected:
 
 
 def data_difference(data: np.ndarray, slab: Slab, start: int, stop: int, kind: str) -> tuple[int, int] | None:
-    """Compare bytes of a file with rows [start, stop) of a slab in the type `kind`: the first byte that differs, counted
-    from 0, and what it ought to be. None when all are the same.
+    """Compare bytes of a file with rows [start, stop) of a slab in the type `kind`: the number of the first byte that
+    differs, and what it ought to be. None when all are the same.
 
     Raises GgufMoeError for rows that cannot be encoded.
     """
@@ -160,7 +159,8 @@ def _header(file: GgufFile) -> bytes:
 def _first_byte(found: bytes, expected: bytes) -> str:
     """For what no key and no tensor shows: the version, padding, a true that is no 1."""
     at = next((i for i, (a, b) in enumerate(zip(found, expected)) if a != b), min(len(found), len(expected)))
-    return f"byte {at} of the header is {found[at : at + 1].hex() or 'missing'}, expected {expected[at : at + 1].hex() or 'none'}"
+    texts = [header[at : at + 1].hex() or "missing" for header in (found, expected)]
+    return f"byte {at} of the header is {texts[0]}, expected {texts[1]}"
 
 
 def _order(what: str, found: list[str], expected: list[str]) -> list[str]:

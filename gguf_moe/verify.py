@@ -43,10 +43,13 @@ class Verdict:
         """Whether nothing was found that is wrong."""
         return not self.problems
 
-    def conclude(self, problems: list[str], proven: str) -> None:
+    def conclude(self, problems: list[str], proven: str = "") -> None:
         """Add what a check found; if that is nothing, what it proves."""
-        self.problems += problems
-        if not problems:
+        for problem in problems:
+            text = problem.removeprefix(f"{self.path}: ")
+            if text not in self.problems:
+                self.problems.append(text)
+        if proven and not problems:
             self.proven.append(proven)
 
 
@@ -59,9 +62,10 @@ def verify(
 ) -> Verdict:
     """Check one GGUF file, or one shard; with the first shard that the others are there and belong to it.
 
-    Structure and padding; that no scale and no weight is infinite or NaN; the SHA-256, where SHA256SUMS in its directory
-    names the file; and, given `origin`, that it derives from that model bit for bit. Whatever is wrong with the file is
-    in the verdict. on_progress: with bytes of the file. Raises UsageError for wishes that the origin cannot fulfil.
+    Structure and padding; that no scale and no weight is infinite or NaN; the SHA-256, where SHA256SUMS in its
+    directory names the file; and, given `origin`, that it derives from that model bit for bit. Whatever is wrong with
+    the file is in the verdict. on_progress: with bytes of the file. Raises UsageError for wishes that the origin cannot
+    fulfil.
     """
     verdict = Verdict(path)
     try:
@@ -71,7 +75,7 @@ def verify(
     except UsageError:
         raise
     except GgufMoeError as error:
-        verdict.problems.append(str(error).removeprefix(f"{path}: "))
+        verdict.conclude([str(error)])
     return verdict
 
 
@@ -88,8 +92,8 @@ def _structure(file: GgufFile) -> list[str]:
             problems.append(f"byte {start + match.start()}, padding after {what}, is {match[0].hex()}, expected 00")
     surplus = file.size - gaps[-1][2]
     if surplus:
-        found = f"{surplus} bytes too many" if surplus > 0 else f"{-surplus} bytes are missing"
-        problems.append(f"the file has {file.size} bytes, expected {gaps[-1][2]}: {found}")
+        found = "too many" if surplus > 0 else "missing"
+        problems.append(f"the file has {file.size} bytes, expected {gaps[-1][2]}; bytes {found}: {abs(surplus)}")
     return problems
 
 
@@ -99,7 +103,7 @@ def _shards(file: GgufFile) -> list[str]:
         if number == 0 and count > 1:
             open_gguf(file.path)
     except GgufMoeError as error:
-        return [str(error).removeprefix(f"{file.path}: ")]
+        return [str(error)]
     return []
 
 
@@ -116,20 +120,12 @@ def _contents(
     scan = _Scan(file, expected.comparable(file) if expected else {}, hashed=listed is not None)
     scan.run(threads, on_progress)
     _conclude_finite(scan, verdict)
-    verdict.sha256 = scan.digest
-    if listed is None:
-        why = f"not named in {LIST}" if (file.path.parent / LIST).exists() else f"no {LIST} beside it"
-        verdict.unproven.append(f"SHA-256 ({why})")
-    else:
-        wrong = [f"SHA-256 is {scan.digest}, expected {listed} of {LIST}"] if scan.digest != listed else []
-        verdict.conclude(wrong, f"SHA-256 as in {LIST}")
+    _conclude_sums(scan, listed, verdict)
     if origin is not None:
-        problems = [*differences, *_with_others(scan.differing)]
-        verdict.conclude(
-            [f"not of {origin.name}: {problem}" for problem in problems], f"derives from {origin.name} bit for bit"
-        )
-        if differences and expected and not scan.differing:
-            verdict.proven.append(f"data of {len(scan.planned)} tensors as {origin.name} gives them")
+        whole = expected is not None and not differences and "structure" in verdict.proven  # padding is part of it
+        data = f"data of {len(scan.planned)} tensors as {origin.name} gives them" if scan.planned else ""
+        verdict.conclude(differences)
+        verdict.conclude(_with_others(scan.differing), f"derives from {origin.name} bit for bit" if whole else data)
     elif listed is None:
         verdict.unproven.append("content")
 
@@ -155,10 +151,20 @@ def _conclude_finite(scan: _Scan, verdict: Verdict) -> None:
         verdict.unproven.append(f"whether {len(tensors) - count} tensors of {', '.join(unknown)} are finite")
 
 
+def _conclude_sums(scan: _Scan, listed: str | None, verdict: Verdict) -> None:
+    verdict.sha256 = scan.digest
+    if listed is None:
+        why = f"not named in {LIST}" if (scan.file.path.parent / LIST).exists() else f"no {LIST} beside it"
+        verdict.unproven.append(f"SHA-256 ({why})")
+    else:
+        wrong = [f"SHA-256 is {scan.digest}, expected {listed} of {LIST}"] if scan.digest != listed else []
+        verdict.conclude(wrong, f"SHA-256 as in {LIST}")
+
+
 def _with_others(by_tensor: Mapping[str, str]) -> list[str]:
     """The first of several problems, and how many tensors have such a one."""
     texts = list(by_tensor.values())
-    return [texts[0] + (f" (and {len(texts) - 1} tensors more)" if texts[1:] else "")] if texts else []
+    return [texts[0] + (f" (and {len(texts) - 1} more of the tensors)" if texts[1:] else "")] if texts else []
 
 
 def _is_known(kind: str) -> bool:

@@ -18,7 +18,8 @@ ALLOWED = {
     "convert": "duplicates errors filling gguf_file layout plan",
     "verify": "checkpoint checksums errors filling gguf_reader gguf_source layout mapping origin pool",
     "checksums": "errors gguf_file",
-    "origin": "checkpoint encoding errors gguf_file gguf_reader gguf_source layout mapping plan recipe request sharding",
+    "origin": "checkpoint encoding errors gguf_file gguf_reader gguf_source layout mapping plan recipe request "
+    "sharding",
     "filling": "duplicates encoding gguf_file layout mapping pool recipe",
     "pool": "",
     "encoding": "checkpoint errors mapping",

@@ -22,12 +22,13 @@ def warn(warnings: Iterable[str]) -> None:
 
 
 @contextmanager
-def progress_bar(total: int, *, leave: bool = True) -> Iterator[Callable[[Progress], None]]:
+def progress_bar(total: int | None = None, *, leave: bool = True) -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, nothing otherwise. leave: it stays when all is done."""
     disable = not sys.stderr.isatty()
     with tqdm(total=total, unit="B", unit_scale=True, dynamic_ncols=True, leave=leave, disable=disable) as bar:
 
         def advance(progress: Progress) -> None:
+            bar.total = progress.total
             bar.set_postfix_str(report.printable(progress.tensor), refresh=False)
             bar.update(progress.done - bar.n)
 

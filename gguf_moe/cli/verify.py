@@ -43,7 +43,7 @@ def verify(
     origin = Origin(open_model(against), request) if against else None
     verdicts = []
     for file in files:
-        with progress_bar(file.stat().st_size if file.is_file() else 0, leave=False) as show:
+        with progress_bar(leave=False) as show:
             verdict = verify_file(file, origin=origin, on_progress=show)
         verdicts.append(verdict)
         if not as_json:
