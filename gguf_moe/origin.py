@@ -54,11 +54,7 @@ class Expected:
         differences = []
         for key in {**file.values, **self.keys}:
             found, expected = file.values.get(key), self.keys.get(key)
-            if (
-                found is None
-                or expected is None
-                or encode_header({key: found}, []) != encode_header({key: expected}, [])
-            ):
+            if _packed(key, found) != _packed(key, expected):
                 differences.append(f"key {key} {_difference(found, expected)}; {_remedy(key)}")
         return differences or _order("key", list(file.values), list(self.keys))
 
@@ -176,6 +172,11 @@ def _remedy(key: str) -> str:
     else:
         option = _OPTIONS.get(key, "--metadata or --override-kv" if key.startswith("general.") else "--override-kv")
     return f"give {option} as it was made with"
+
+
+def _packed(key: str, value: gguf.GGUFValue | None) -> bytes:
+    """A key with its value as a file has them; no bytes where it is missing."""
+    return encode_header({key: value}, []) if value is not None else b""
 
 
 def _difference(found: gguf.GGUFValue | None, expected: gguf.GGUFValue | None) -> str:
