@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict, deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,11 +16,11 @@ from gguf_moe.encoding import encode
 from gguf_moe.gguf_file import padded
 from gguf_moe.layout import PlannedFile, TensorPlan
 from gguf_moe.mapping import Slab
+from gguf_moe.pool import in_order
 from gguf_moe.recipe import quantizer_order
 
 # Weights encoded at once: large enough to make the Python around a piece cheap, small enough to bound memory.
 PIECE_WEIGHTS = 1 << 20
-AHEAD = 2  # pieces that each thread may have encoded before they are written
 
 
 class Sink(Protocol):
@@ -105,7 +104,7 @@ def fill(
     threads = threads or os.cpu_count() or 1
     jobs, total = _jobs(sinks, twins or {}, quantizer_ordered)
     done = total - sum(job.slab.nbytes for job in jobs)
-    with closing(_encoded(jobs, threads)) as encoded:
+    with closing(in_order(_encode, _pieces(jobs), threads)) as encoded:
         for piece, rows in encoded:
             _write(piece, rows)
             done += (piece.stop - piece.start) * piece.job.slab.source.row_bytes
@@ -146,22 +145,6 @@ def _start(sink: Sink, tensor: TensorPlan, number: int) -> int:
     """Offset of a slab from the start of its file."""
     before = sum(slab.rows for slab in tensor.mapped.slabs[:number])
     return len(sink.planned.header) + tensor.info.offset + before * tensor.row_bytes
-
-
-def _encoded(jobs: list[_Job], threads: int) -> Generator[tuple[_Piece, _Encoded], None, None]:
-    """The pieces in order with their bytes, a few encoded ahead by each thread."""
-    waiting: deque[tuple[_Piece, Future[_Encoded]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for piece in _pieces(jobs):
-                waiting.append((piece, pool.submit(_encode, piece)))
-                if len(waiting) > AHEAD * threads:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            for last, future in waiting:
-                yield last, future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 def _pieces(jobs: list[_Job]) -> Iterator[_Piece]:

@@ -135,12 +135,19 @@ class GgufFile:
     size: int
     values: dict[str, gguf.GGUFValue] = field(repr=False)  # arrays as StoredArray
     tensors: tuple[TensorInfo, ...] = field(repr=False)
+    header_end: int  # where the padding before the data begins
     data_start: int
 
     @property
     def keys(self) -> dict[str, Any]:
         """The keys' values alone."""
         return {key: value.value for key, value in self.values.items()}
+
+    @property
+    def alignment(self) -> int:
+        """Tensor data begin at multiples of it."""
+        value = self.values.get(gguf.Keys.General.ALIGNMENT)
+        return gguf.GGUF_DEFAULT_ALIGNMENT if value is None else value.value
 
 
 def read_gguf(path: Path) -> GgufFile:
@@ -196,7 +203,7 @@ class _Header:
         data_start = _padded(self.at, alignment)
         if infos:
             self.check_end(infos[-1], data_start)
-        return GgufFile(self.path, self.size, values, tuple(infos), data_start)
+        return GgufFile(self.path, self.size, values, tuple(infos), self.at, data_start)
 
     def fail(self, reason: str) -> NoReturn:
         raise GgufMoeError(f"{self.path}: not a readable GGUF file: {reason} (at byte {self.at} of {self.size})")
@@ -325,7 +332,8 @@ class _Header:
     def check_end(self, last: TensorInfo, data_start: int) -> None:
         end = data_start + last.offset + last.nbytes
         if end > self.size:
-            self.fail(f"the data of tensor {last.name!r} ends at byte {end}; the file is truncated")
+            where = f"the data of tensor {last.name!r} ends at byte {end}"
+            self.fail(f"{where}; the file is truncated, bytes missing: {end - self.size}")
 
 
 def _padded(nbytes: int, alignment: int) -> int:

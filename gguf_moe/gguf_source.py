@@ -143,29 +143,40 @@ def _source_tensor(path: Path, name: str, kind: str, shape: tuple[int, ...], off
 
 def _other_shards(first: GgufFile) -> list[GgufFile]:
     """The shards after the first, found by its name; none when the file is whole."""
-    number, count = (_split_value(first, key, 0) for key in SPLIT_KEYS[:2])
-    if count < 2 and number == 0:
-        return []
-    match = _SHARD.fullmatch(first.path.name)
-    if match is None or int(match[3]) != count or int(match[2]) != number + 1:
-        name = f"-{number + 1:05d}-of-{count:05d}.gguf"
-        _fail(first.path, f"is shard {number + 1} of {count} by its keys, expected a name that ends in {name}")
-
-    def shard(i: int) -> Path:
-        return first.path.with_name(f"{match[1]}-{i + 1:05d}-of-{count:05d}.gguf")
-
+    number, count = shard_place(first)
     if number:
-        _fail(first.path, f"is shard {number + 1} of {count}; give the first, {shard(0).name}")
+        _fail(first.path, f"is shard {number + 1} of {count}; give the first, {shard_path(first.path, 0).name}")
     others = []
     for i in range(1, count):
-        if not shard(i).exists():
-            _fail(first.path, f"is the first of {count} shards, but {shard(i).name} is missing")
-        other = read_gguf(shard(i))
+        path = shard_path(first.path, i)
+        if not path.exists():
+            _fail(first.path, f"is the first of {count} shards, but {path.name} is missing")
+        other = read_gguf(path)
         found = tuple(_split_value(other, key, -1) for key in SPLIT_KEYS[:2])
         if found != (i, count):
             _fail(other.path, f"split.no and split.count are {found[0]} and {found[1]}, expected {i} and {count}")
         others.append(other)
     return others
+
+
+def shard_place(file: GgufFile) -> tuple[int, int]:
+    """Which shard of how many a file is, counted from 0; (0, 1) for a whole model.
+
+    Raises GgufMoeError when its name does not say the same as its keys.
+    """
+    number, count = (_split_value(file, key, 0) for key in SPLIT_KEYS[:2])
+    if count < 2 and number == 0:
+        return 0, 1
+    match = _SHARD.fullmatch(file.path.name)
+    if match is None or int(match[3]) != count or int(match[2]) != number + 1:
+        name = f"-{number + 1:05d}-of-{count:05d}.gguf"
+        _fail(file.path, f"is shard {number + 1} of {count} by its keys, expected a name that ends in {name}")
+    return number, count
+
+
+def shard_path(path: Path, number: int) -> Path:
+    """Path of the shard `number`, counted from 0, of the set that the shard `path` belongs to."""
+    return path.with_name(re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", rf"-{number + 1:05d}\1", path.name))
 
 
 def _check_count_of_tensors(files: tuple[GgufFile, ...], count: int) -> None:

@@ -67,13 +67,18 @@ def lay_out(
     ranges = cut(sizes, splitting, by_converter=by_converter) if splitting else [range(len(sizes))]
     files = []
     for number, numbers in enumerate(ranges):
-        placed, offset = [], 0
-        for tensor in tensors[numbers.start : numbers.stop]:
-            placed.append(replace(tensor, info=replace(tensor.info, offset=offset)))
-            offset += padded(tensor.info.nbytes)
         own, suffix = dict(keys), ""
         if len(ranges) > 1:
             labels = split_keys(number, len(ranges), len(sizes), by_converter=by_converter)
             own, suffix = {**(keys if number == 0 else {}), **labels}, shard_suffix(number, len(ranges))
-        files.append(PlannedFile(encode_header(own, [t.info for t in placed]), tuple(placed), suffix))
+        files.append(place(tensors[numbers.start : numbers.stop], own, suffix))
     return tuple(files)
+
+
+def place(tensors: Sequence[TensorPlan], keys: dict[str, Any], suffix: str = "") -> PlannedFile:
+    """The file with these tensors and keys: offsets and header."""
+    placed, offset = [], 0
+    for tensor in tensors:
+        placed.append(replace(tensor, info=replace(tensor.info, offset=offset)))
+        offset += padded(tensor.info.nbytes)
+    return PlannedFile(encode_header(keys, [t.info for t in placed]), tuple(placed), suffix)

@@ -10,13 +10,18 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": "checkpoint cli convert duplicates errors filling gguf_reader gguf_source plan recipe recipe_file report "
-    "request rules",
+    "cli": "checkpoint cli convert duplicates errors filling gguf_reader gguf_source origin plan recipe recipe_file "
+    "report request rules verify",
     "__main__": "cli",
     "__init__": "",
     "report": "gguf_reader naming plan recipe",
     "convert": "duplicates errors filling gguf_file layout plan",
-    "filling": "duplicates encoding gguf_file layout mapping recipe",
+    "verify": "checkpoint checksums errors filling gguf_reader gguf_source layout mapping origin pool",
+    "checksums": "errors gguf_file",
+    "origin": "checkpoint encoding errors gguf_file gguf_reader gguf_source layout mapping plan recipe request "
+    "sharding",
+    "filling": "duplicates encoding gguf_file layout mapping pool recipe",
+    "pool": "",
     "encoding": "checkpoint errors mapping",
     "duplicates": "mapping plan",
     "plan": "arch checkpoint errors gguf_keys gguf_reader gguf_source layout mapping metadata naming overrides recipe "

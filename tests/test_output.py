@@ -229,7 +229,10 @@ def big_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
 @pytest.mark.parametrize("quant", ["Q4_K_M", "BF16"])
 def test_memory_stays_bounded_for_experts_of_14336_x_4096(quant: str, big_layer: Path, tmp_path: Path) -> None:
-    convert_within_the_limit(big_layer, tmp_path / "out.gguf", "--quant", quant)
+    target = tmp_path / "out.gguf"
+    convert_within_the_limit(big_layer, target, "--quant", quant)
+    within_the_limit("verify", str(target))
+    within_the_limit("verify", str(target), "--against", str(big_layer))
 
 
 @pytest.mark.long
@@ -245,9 +248,12 @@ def test_memory_stays_bounded_for_gguf_files(big_layer: Path, tmp_path: Path) ->
 
 
 def convert_within_the_limit(source: Path, target: Path, *options: str) -> None:
+    within_the_limit("convert", str(source), "-o", str(target), *options)
+
+
+def within_the_limit(*arguments: str) -> None:
     limit = f"import resource; resource.setrlimit(resource.RLIMIT_DATA, ({MEMORY_LIMIT}, {MEMORY_LIMIT}))"
     code = f"{limit}; from gguf_moe.cli import main; main()"
-    arguments = ["convert", str(source), "-o", str(target), *options]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # the limit counts the stacks of idle threads too
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, env=environment, check=False

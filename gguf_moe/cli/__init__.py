@@ -14,6 +14,7 @@ from gguf_moe import __version__, report
 from gguf_moe.cli.convert import convert
 from gguf_moe.cli.export import export
 from gguf_moe.cli.inspect import inspect
+from gguf_moe.cli.verify import verify
 from gguf_moe.errors import GgufMoeError
 
 
@@ -37,7 +38,7 @@ def cli() -> None:
     """Convert merged mixtures of experts to GGUF files, with the bytes that llama.cpp would have written."""
 
 
-for command in (convert, export, inspect):
+for command in (convert, export, inspect, verify):
     cli.add_command(command)
 
 

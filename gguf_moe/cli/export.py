@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from tqdm import tqdm
 from gguf_moe import report
 from gguf_moe.card import write_card
 from gguf_moe.cli.options import as_request, open_model, request_options
-from gguf_moe.cli.progress import Bar, warn
+from gguf_moe.cli.progress import progress_bar, warn
 from gguf_moe.duplicates import find_duplicates
 from gguf_moe.estimate import seconds_of_encoding
 from gguf_moe.export import LADDER, Event, Finished, Found
@@ -68,7 +69,7 @@ def export(
         return
     duplicates = find_duplicates(plans)
     try:
-        with Bar() as bar:
+        with progress_bar() as show_progress:
             manifest = run_plans(
                 plans,
                 output,
@@ -76,7 +77,7 @@ def export(
                 threads=threads,
                 force=force,
                 twins=duplicates.twins,
-                on_event=_Watcher(bar, as_json).show,
+                on_event=_Watcher(show_progress, as_json).show,
             )
     except (KeyboardInterrupt, SystemExit):
         click.echo("gguf-moe: interrupted; the same command goes on from here", err=True)
@@ -97,8 +98,8 @@ def _as_asked(recipe: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
 class _Watcher:
     """Shows events: a bar on a terminal and a line for each level; or all of them as JSON."""
 
-    def __init__(self, bar: Bar, as_json: bool) -> None:
-        self.bar, self.as_json, self.percent = bar, as_json, -1
+    def __init__(self, show_progress: Callable[[Progress], None], as_json: bool) -> None:
+        self.show_progress, self.as_json, self.percent = show_progress, as_json, -1
 
     def show(self, event: Event) -> None:
         if isinstance(event, Progress):
@@ -110,7 +111,7 @@ class _Watcher:
 
     def _advance(self, progress: Progress) -> None:
         if not self.as_json:
-            self.bar.show(progress)
+            self.show_progress(progress)
         elif (percent := 100 * progress.done // progress.total) > self.percent:
             self.percent = percent
             self._print_json(progress)

@@ -21,41 +21,30 @@ def warn(warnings: Iterable[str]) -> None:
         click.echo(f"gguf-moe: warning: {report.one_line(warning)}", err=True)
 
 
-class Bar:
-    """A bar for the whole work, on a terminal: bytes read, rate, time left, the tensor at hand. Elsewhere nothing."""
+@contextmanager
+def progress_bar(*, leave: bool = True) -> Iterator[Callable[[Progress], None]]:
+    """A bar for the whole work, on a terminal: bytes read, rate, time left, the tensor at hand. Elsewhere nothing.
 
-    def __init__(self) -> None:
-        self.bar: tqdm | None = None
+    leave: it stays when all is done.
+    """
+    disable = not sys.stderr.isatty()
+    with tqdm(unit="B", unit_scale=True, dynamic_ncols=True, leave=leave, disable=disable) as bar:
 
-    def __enter__(self) -> Bar:
-        return self
+        def advance(progress: Progress) -> None:
+            if bar.total is None:  # what an earlier run did is not this one's rate
+                bar.total, bar.initial, bar.n = progress.total, progress.done, progress.done
+            bar.set_postfix_str(report.printable(progress.tensor), refresh=False)
+            bar.update(progress.done - bar.n)
 
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def show(self, progress: Progress) -> None:
-        """Advance to `progress`; the bar begins where the first one is, so that the rate is this run's."""
-        if self.bar is None:
-            quiet = not sys.stderr.isatty()
-            self.bar = tqdm(
-                total=progress.total,
-                initial=progress.done,
-                unit="B",
-                unit_scale=True,
-                dynamic_ncols=True,
-                disable=quiet,
-            )
-        self.bar.set_postfix_str(report.printable(progress.tensor), refresh=False)
-        self.bar.update(progress.done - self.bar.n)
+        yield advance
 
 
 @contextmanager
 def progress_lines() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, a line for every tenth otherwise."""
     if sys.stderr.isatty():
-        with Bar() as bar:
-            yield bar.show
+        with progress_bar() as show:
+            yield show
         return
     shown = 0
 
