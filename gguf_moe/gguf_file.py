@@ -77,6 +77,15 @@ def publish(path: Path, size: int, *, replace: bool) -> Iterator[BinaryIO]:
     sync_directory(path.parent)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """Give a small file its new content: `path` then holds all of `data`, or, if that fails, what it held before."""
+    try:
+        with publish(path, len(data), replace=True) as file:
+            file.write(data)
+    except OSError as error:
+        raise GgufMoeError(f"{path}: not written: {error}") from None
+
+
 def rename(temporary: Path, path: Path, replace: bool) -> None:
     if not replace:
         try:
