@@ -35,7 +35,7 @@ _NOTE = (
     "of the front matter that gguf-moe does not set. -->"
 )
 _HUB_URL = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(.+?)/?")
-_DONOR = re.compile(r"general\.base_model\.(\d+)\.(?:name|repo_url)")
+_DONOR = re.compile(r"general\.base_model\.(\d{1,9})\.(?:name|repo_url)", re.ASCII)
 _General = gguf.Keys.General
 
 
@@ -65,7 +65,7 @@ def write_card(
         path = directory / name
         try:
             kept = _read_kept(path)
-        except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        except Exception as error:  # a foreign YAML parser on a person's file: any error is the file's
             reason = " ".join(str(error).split())
             warnings.append(f"{path}: not a whole card of gguf-moe's, so it stays as it is: {reason}")
             continue
@@ -87,7 +87,7 @@ class _Kept:
 
 
 def _read_kept(path: Path) -> _Kept:
-    """ValueError (or the YAML parser's) when the file is not a card whose marks and front matter are whole."""
+    """ValueError, or the YAML parser's error, when the file is not a card whose marks and front matter are whole."""
     if not os.path.lexists(path):
         return _Kept()
     if not path.is_file():
@@ -181,7 +181,7 @@ def _front_matter(plan: Plan, quantized_by: str | None) -> tuple[dict[str, Any],
         "quantized_by": quantized_by or values.get(_General.QUANTIZED_BY),
     }
     shown = {key: body.one_line(value) if isinstance(value, str) else value for key, value in fields.items()}
-    warnings = [f"base_model lacks {name}, which has no id on the Hub" for name in nameless]
+    warnings = [f"{CARD}: base_model lacks {name}, which has no id on the Hub" for name in nameless]
     return {key: value for key, value in shown.items() if value and isinstance(value, (str, list))}, warnings
 
 
@@ -194,7 +194,8 @@ def _base_models(values: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     for number in numbers:
         ids.append(_repo_id(values.get(_General.BASE_MODEL_REPO_URL.format(id=number))))
         if ids[-1] is None:
-            nameless.append(body.one_line(str(values.get(_General.BASE_MODEL_NAME.format(id=number)))))
+            name = values.get(_General.BASE_MODEL_NAME.format(id=number))
+            nameless.append(body.one_line(name) if isinstance(name, str) else f"number {number}")
     return list(dict.fromkeys(name for name in ids if name)), nameless
 
 
