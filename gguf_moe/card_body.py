@@ -11,6 +11,7 @@ import math
 import re
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import quote
 
@@ -45,12 +46,23 @@ WHEN = {
     "BF16": "Not quantized; to make other files from.",
     "F32": "Not quantized; larger than 16 bits, better only where the original has 32.",
 }
-# Columns that validation fills: title, name in its report, how a number is shown.
+
+
+@dataclass(frozen=True)
+class _Column:
+    """What validation fills in the table of files. path: of the number in its report; shown: its format."""
+
+    title: str
+    path: tuple[str, ...]
+    shown: str
+    meaning: str
+
+
 _QUALITY = (
-    ("PPL ratio", ("ppl_ratio",), lambda x: f"{x:.4f}"),
-    ("mean KL", ("kld_mean",), lambda x: f"{x:.5f}"),
-    ("same top token", ("same_top",), lambda x: f"{x:.1f} %"),
-    ("same experts", ("routing", "same_set"), lambda x: f"{100 * x:.1f} %"),
+    _Column("PPL ratio", ("ppl_ratio",), "{:.4f}", "perplexity over that of the model before quantization"),
+    _Column("mean KL", ("kld_mean",), "{:.5f}", "mean Kullback-Leibler divergence from it"),
+    _Column("same top token", ("same_top",), "{:.1f}%", "share of tokens with the same most likely next one"),
+    _Column("same experts", ("routing", "same_set"), "{:.1%}", "share of tokens that went to the same experts"),
 )
 # What Markdown could take for its own; : @ and www. since a bare address would become a link.
 _MARKUP = re.compile(r"[\\`*{}\[\]()#+!|~$:@]|(?<!\w)_|_(?!\w)|(?<=www)\.", re.IGNORECASE)
@@ -83,18 +95,18 @@ def introduction(title: str, values: Mapping[str, Any]) -> str:
 def files_section(levels: Sequence[Level], report: Mapping[str, Any] | None) -> tuple[str, list[str]]:
     """The table of files, by size; and warnings. report: what `validate --json` gives, or None."""
     figures, warnings = _figures(levels, report)
-    shown = [column for column in _QUALITY if any(column[0] in found for found in figures.values())]
-    titles = ["File", "Quant", "Size", "Bits per weight", *(title for title, _, _ in shown), "When to choose it"]
+    shown = [column for column in _QUALITY if any(column.title in found for found in figures.values())]
+    titles = ["File", "Quant", "Size", "Bits per weight", *(column.title for column in shown), "When to choose it"]
     rows = []
     for level in levels:
         found = figures.get(level.files[0].name, {})
         more = f" (first of {len(level.files)} shards)" if len(level.files) > 1 else ""
         cells = [_file_link(level.files[0].name) + more, escaped(level.quant), size_text(level.size)]
-        cells += [f"{level.bits_per_weight:.2f}", *(found.get(title, "-") for title, _, _ in shown)]
+        cells += [f"{level.bits_per_weight:.2f}", *(found.get(column.title, "-") for column in shown)]
         rows.append([*cells, WHEN.get(level.quant, "")])
     parts = [table(titles, rows, "<<>>" + ">" * len(shown) + "<")]
     if shown and report:
-        parts.append(_measured(report))
+        parts.append(_measured(shown, report))
     if shards := [file for level in levels if len(level.files) > 1 for file in level.files]:
         parts.append("Of a file in shards all are needed, in one directory; programs are given the first.")
         parts.append(table(["Shard", "Size"], [[_file_link(f.name), size_text(f.size)] for f in shards], "<>"))
@@ -118,8 +130,8 @@ def _figures(levels: Sequence[Level], report: Mapping[str, Any] | None) -> tuple
         if entry.get("size_bytes") != sizes[name]:
             warnings.append(f"{name}: the report is of a file of another size, so the card has no figures of it")
             continue
-        found = {title: _number(entry, path) for title, path, _ in _QUALITY}
-        figures[name] = {title: show(found[title]) for title, _, show in _QUALITY if found[title] is not None}
+        numbers = {column: _number(entry, column.path) for column in _QUALITY}
+        figures[name] = {c.title: c.shown.format(number) for c, number in numbers.items() if number is not None}
     return figures, warnings
 
 
@@ -129,21 +141,18 @@ def _number(value: Any, path: Sequence[str]) -> float | None:
     return value if type(value) in (int, float) and math.isfinite(value) else None
 
 
-def _measured(report: Mapping[str, Any]) -> str:
-    """What the figures of quality were measured on."""
+def _measured(columns: Sequence[_Column], report: Mapping[str, Any]) -> str:
+    """What the figures of quality are, and what they were measured on."""
     text = report.get("text")
     name, digest = (text.get("name"), text.get("sha256")) if isinstance(text, Mapping) else (text, None)
     where = escaped(name) if isinstance(name, str) else "a text"
     if isinstance(digest, str):
         where += f" (SHA-256 {escaped(digest)})"
     tokens, context = _number(report, ["tokens"]), _number(report, ["ctx"])
-    return (
-        "Against the model before quantization: ratio of perplexities, mean Kullback-Leibler divergence, share of "
-        f"tokens with the same most likely next token and with the same experts. Measured on {where}"
-        + (f", {tokens} tokens" if tokens is not None else "")
-        + (f", in windows of {context}" if context is not None else "")
-        + ", with `gguf-moe validate`."
-    )
+    where += f", {tokens} tokens" if tokens is not None else ""
+    where += f", in windows of {context}" if context is not None else ""
+    meanings = "; ".join(f"{column.title}: {column.meaning}" for column in columns)
+    return f"{meanings}. Measured with `gguf-moe validate` on {where}."
 
 
 def experts_section(donors: Sequence[Donor]) -> str:

@@ -217,8 +217,14 @@ def test_figures_of_validation(export: Export) -> None:
         "TidePool-4x4M-v1-Q8_0.gguf: the report is of a file of another size, so the card has no figures of it"
     ]
     assert files[0][4:] == ["PPL ratio", "mean KL", "same top token", "same experts", "When to choose it"]
-    assert [row[4:8] for row in files[2:]] == [["-"] * 4, ["1.0074", "0.00659", "93.8 %", "98.6 %"], ["-"] * 4]
-    assert f"Measured on eval\\|&lt;b&gt;.txt (SHA-256 {'ab' * 32}), 49368 tokens, in windows of 512" in export.text
+    assert [row[4:8] for row in files[2:]] == [["-"] * 4, ["1.0074", "0.00659", "93.8%", "98.6%"], ["-"] * 4]
+    assert (
+        f"Measured with `gguf-moe validate` on eval\\|&lt;b&gt;.txt (SHA-256 {'ab' * 32}), 49368 tokens, in windows of 512"
+        in export.text
+    )
+    dense = {**REPORT, "files": [{**REPORT["files"][0], "routing": {}}]}
+    assert tables(export.write(report=dense))[0][0][4:7] == ["PPL ratio", "mean KL", "same top token"]
+    assert "same experts" not in export.text
     for nothing in ({}, {"files": []}, {"files": {"a": 1}}, {"files": [{"name": ["x"]}]}):
         assert export.write(report=nothing) == plain
 
