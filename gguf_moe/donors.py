@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import yaml
 
 MOE_CONFIG, MERGE_CONFIG = "mergekit_moe_config.yml", "mergekit_config.yml"
 MAX_BYTES = 1 << 18  # a hundred times what people write; the parser takes seconds for a megabyte
+_NOT_UNDERSTOOD = (OSError, ValueError, RecursionError, yaml.YAMLError)
 
 
 def in_expert_order(card: list[dict] | None, directory: Path, total: int) -> tuple[list[dict] | None, list[str]]:
@@ -20,18 +22,14 @@ def in_expert_order(card: list[dict] | None, directory: Path, total: int) -> tup
     follows in the card's order. Where the card lists none, mergekit's base model, which gave everything but the
     experts, comes last. Without a configuration of mergekit's the card stays as it is.
     """
-    path = next((directory / n for n in (MOE_CONFIG, MERGE_CONFIG) if (directory / n).is_file()), None)
+    path = _config_path(directory)
     if path is None:
         return card, []
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise ValueError(f"{size} bytes are too many")
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(config, dict):
-            raise ValueError(f"holds a {type(config).__name__}, expected a mapping")
+        config = _read_config(path)
         donors = list(dict.fromkeys(_merged(config)))
         base = _model_id(config.get("base_model"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except _NOT_UNDERSTOOD as error:
         reason = " ".join(str(error).split())
         return card, [f"{path}: not understood, so general.base_model keeps the model card's order: {reason}"]
     if base and not card and base not in donors:
@@ -43,6 +41,45 @@ def in_expert_order(card: list[dict] | None, directory: Path, total: int) -> tup
             rest.remove(same)
         ordered.append({**entry, **same})
     return [*ordered, *rest] or card, []
+
+
+@dataclass(frozen=True)
+class Donor:
+    """Where an expert comes from. prompts: how many examples of its use the configuration has, where it has any."""
+
+    name: str  # org/name, or a name alone
+    prompts: int | None
+
+
+def expert_donors(directory: Path) -> list[Donor]:
+    """The donor of each expert, in their order; none where mergekit's configuration does not name them all.
+
+    What is not understood of a configuration is none here: `in_expert_order` has warned of it.
+    """
+    path = _config_path(directory)
+    try:
+        experts = _read_config(path).get("experts") if path else None
+    except _NOT_UNDERSTOOD:
+        return []
+    donors = []
+    for item in _mappings(experts):
+        prompts = item.get("positive_prompts")
+        if name := _model_id(item.get("source_model")):
+            donors.append(Donor(name, len(prompts) if isinstance(prompts, list) else None))
+    return donors if isinstance(experts, list) and len(donors) == len(experts) else []
+
+
+def _config_path(directory: Path) -> Path | None:
+    return next((directory / n for n in (MOE_CONFIG, MERGE_CONFIG) if (directory / n).is_file()), None)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if (size := path.stat().st_size) > MAX_BYTES:
+        raise ValueError(f"{size} bytes are too many")
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ValueError(f"holds a {type(config).__name__}, expected a mapping")
+    return config
 
 
 def _merged(config: dict[str, Any]) -> Iterator[str]:

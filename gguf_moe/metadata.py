@@ -49,14 +49,11 @@ def read_metadata(directory: Path, mapped: list[MappedTensor], request: Request)
     check_asked(request)
     asked = _read_override(request.metadata) if request.metadata else {}
     total = sum(tensor.elements for tensor in mapped)
+    read_card(directory)
     try:
-        _check_unfolded(gguf.Metadata.load_model_card(directory.resolve()))
         metadata = gguf.Metadata.load(request.metadata, directory.resolve(), request.name, total)
     except Exception as error:  # a foreign YAML or JSON parser on a user's file: any error is the file's
-        reason = " ".join(str(error).split())
-        raise GgufMoeError(
-            f"{directory / 'README.md'}: model card or generation_config.json unreadable: {reason}"
-        ) from None
+        raise _unreadable(directory, error) from None
     warnings: list[str] = []
     if BASE_MODELS not in asked:
         metadata.base_models, warnings = in_expert_order(metadata.base_models, directory, total)
@@ -69,6 +66,21 @@ def read_metadata(directory: Path, mapped: list[MappedTensor], request: Request)
     return metadata, warnings
 
 
+def read_card(directory: Path) -> dict[str, Any]:
+    """What the front matter of the directory's model card says, {} without one; GgufMoeError when it is unreadable."""
+    try:
+        card = gguf.Metadata.load_model_card(directory.resolve())
+        check_unfolded(card)
+    except Exception as error:  # as above
+        raise _unreadable(directory, error) from None
+    return card
+
+
+def _unreadable(directory: Path, error: Exception) -> GgufMoeError:
+    reason = " ".join(str(error).split())
+    return GgufMoeError(f"{directory / 'README.md'}: model card or generation_config.json unreadable: {reason}")
+
+
 def check_asked(request: Request) -> None:
     """Refuse an empty name or size label, or one that is no text."""
     for option, value in (("name", request.name), ("size-label", request.size_label)):
@@ -78,7 +90,7 @@ def check_asked(request: Request) -> None:
             raise UsageError(f"--{option} {value}: not valid UTF-8")
 
 
-def _check_unfolded(card: Any) -> None:
+def check_unfolded(card: Any) -> None:
     """ValueError for YAML whose aliases make much of little: what the package makes text of would never end."""
     count, waiting = 0, [card]
     while waiting:

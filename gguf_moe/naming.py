@@ -17,8 +17,14 @@ HUB_LABELS = (
     *("Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL", "MXFP4"),
 )
 _LABEL = re.compile(rf"(?:UD-)?(?:{'|'.join(HUB_LABELS)})(?:_[A-Z]+)?")
+_REPO_ID = re.compile(r"(?!.*(?:--|\.\.))(?!.*\.git$)\b[\w.-]{1,96}\b/\b[\w.-]{1,96}\b", re.ASCII)
 _SHARD = re.compile(r"-\d{5}-of-\d{5}$")
 _NOT_A_FILE_TYPE = ("MXFP4", "Q2_K_XL", "Q3_K_XL", "Q4_K_XL", "Q5_K_XL", "Q6_K_XL", "Q8_K_XL")  # names of releases
+
+
+def is_repo_id(text: str) -> bool:
+    """Whether the Hub takes this for the id of a repository, with its owner: org/name."""
+    return _REPO_ID.fullmatch(text) is not None
 
 
 def hub_labels(file_name: str) -> list[str]:

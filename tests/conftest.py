@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import architectures
 import pytest
@@ -15,6 +18,7 @@ from gguf_moe.cli import cli
 
 RunCli = Callable[..., Result]
 Make = Callable[[str, str], Path]
+HUB = Path(__file__).parent / "hub"
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +66,27 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> architectures.Saved:
         return directory / name
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str], list[Path]], dict[str, Any]]:
+    """hub(names, files): what the Hub's own code reads, installed with npm once."""
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("the Hub's own readers need Node and npm")
+    directory = tmp_path_factory.mktemp("hub")
+    for file in ("package.json", "read.mjs"):
+        shutil.copy(HUB / file, directory / file)
+    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", "--fetch-retries=1"]
+    installed = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    if installed.returncode:
+        pytest.skip(f"npm does not install the Hub's readers: {(installed.stderr + installed.stdout)[-300:]}")
+
+    def read(names: list[str], files: list[Path]) -> dict[str, Any]:
+        asked = json.dumps({"names": names, "files": [str(file) for file in files]})
+        done = subprocess.run(
+            ["node", "read.mjs"], cwd=directory, input=asked, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout)
+
+    return read

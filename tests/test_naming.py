@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gguf
 import pytest
@@ -19,8 +15,6 @@ from gguf_moe.naming import HUB_LABELS, default_file_name, hub_labels, name_warn
 from gguf_moe.plan import make_plan
 from gguf_moe.recipe import FILE_TYPES, find_file_type
 from gguf_moe.request import Request
-
-HUB = Path(__file__).parent / "hub"
 
 # name, basename, finetune, version, size label -> the stem before the file type and its separator
 STEMS = {
@@ -140,30 +134,6 @@ def test_inspect_warns_of_names_that_the_hub_misreads(name: str, run, made, tmp_
 
 def test_a_file_without_a_file_type_is_not_compared() -> None:
     assert name_warnings("m-Q5_K_M.gguf", None) == []
-
-
-@pytest.fixture(scope="module")
-def hub(tmp_path_factory: pytest.TempPathFactory) -> Callable[[list[str], list[Path]], dict[str, Any]]:
-    """hub(names, files): what the Hub's own code reads, installed with npm once."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("the Hub's own readers need Node and npm")
-    directory = tmp_path_factory.mktemp("hub")
-    for file in ("package.json", "read.mjs"):
-        shutil.copy(HUB / file, directory / file)
-    command = ["npm", "install", "--ignore-scripts", "--no-audit", "--no-fund", "--silent", "--fetch-retries=1"]
-    installed = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
-    if installed.returncode:
-        pytest.skip(f"npm does not install the Hub's readers: {(installed.stderr + installed.stdout)[-300:]}")
-
-    def read(names: list[str], files: list[Path]) -> dict[str, Any]:
-        asked = json.dumps({"names": names, "files": [str(file) for file in files]})
-        done = subprocess.run(
-            ["node", "read.mjs"], cwd=directory, input=asked, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout)
-
-    return read
 
 
 def test_names_are_read_as_the_hub_reads_them(hub) -> None:
