@@ -11,11 +11,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
     "cli": "checkpoint cli convert duplicates errors filling gguf_reader gguf_source plan recipe recipe_file report "
-    "request rules",
+    "request resharding rules sharding",
     "__main__": "cli",
     "__init__": "",
     "report": "gguf_reader naming plan recipe",
     "convert": "duplicates errors filling gguf_file layout plan",
+    "resharding": "convert errors filling gguf_file gguf_reader gguf_source layout mapping plan recipe sharding",
     "filling": "duplicates encoding gguf_file layout mapping recipe",
     "encoding": "checkpoint errors mapping",
     "duplicates": "mapping plan",

@@ -13,6 +13,7 @@ import quant
 from gguf_moe import __version__, report
 from gguf_moe.cli.convert import convert
 from gguf_moe.cli.inspect import inspect
+from gguf_moe.cli.reshard import merge, split
 from gguf_moe.errors import GgufMoeError
 
 
@@ -36,7 +37,7 @@ def cli() -> None:
     """Convert merged mixtures of experts to GGUF files, with the bytes that llama.cpp would have written."""
 
 
-for command in (convert, inspect):
+for command in (convert, inspect, split, merge):
     cli.add_command(command)
 
 

@@ -39,8 +39,12 @@ CONVERTER = {
     ),
     "F32": (("--split-max-size", "8M"), ("--split-max-tensors", "20", "--no-tensor-first-split")),
 }
-SPLIT = {
-    "BF16": (("--split-max-size", "3M"), ("--split-max-tensors", "12")),
+SPLIT = {  # the last of BF16 is refused, since its first tensor is larger
+    "BF16": (
+        ("--split-max-size", "3M"),
+        ("--split-max-tensors", "12"),
+        ("--split-max-size", "2M"),
+    ),
     "Q4_K_M": (
         ("--split-max-size", "1M"),
         ("--split-max-size", "2M"),
@@ -83,7 +87,7 @@ def main() -> None:
         for kind, cases in SPLIT.items():
             for options in cases:
                 command = [tool, *options, whole[kind], out / "x"]
-                made = shards(out, lambda d: subprocess.run(command, check=True, stdout=sys.stderr))  # noqa: B023
+                made = shards(out, lambda d: subprocess.run(command, check=False, stdout=sys.stderr))  # noqa: B023
                 results.append({"tool": "gguf-split", "quant": kind, "options": options, "shards": made})
     lines = ",\n".join(json.dumps(result) for result in results)
     (TESTS / "golden" / "splits.json").write_text(f"[\n{lines}\n]\n")
