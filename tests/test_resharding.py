@@ -300,6 +300,17 @@ def test_an_error_in_the_middle_leaves_nothing(when: float, made, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_first_shard_is_there_only_when_all_are(made, tmp_path: Path) -> None:
+    plan = plan_split(made("json", "Q2_K"), Splitting(1_000_000))
+    taken = plan.files[1].path(tmp_path / "out.gguf")
+    with pytest.raises(GgufMoeError, match="appeared while it was being written"):
+        reshard(plan, tmp_path / "out.gguf", on_progress=lambda progress: taken.write_text("precious"))
+    assert taken.read_text() == "precious"
+    assert [path.name for path in sorted(tmp_path.iterdir())] == [
+        *("out-00002-of-00004.gguf", "out-00003-of-00004.gguf", "out-00004-of-00004.gguf")
+    ]
+
+
 def test_an_input_that_becomes_shorter_is_noticed(made, tmp_path: Path) -> None:
     source = Path(shutil.copy(made("json", "Q2_K"), tmp_path / "in.gguf"))
     plan = plan_split(source, Splitting(1_000_000))
