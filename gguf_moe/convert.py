@@ -50,17 +50,20 @@ def convert(
     threads, twins, on_progress: see `fill`. Raises GgufMoeError before writing when a file exists (without `force`) or
     the disk lacks space, and while writing as `fill` does.
     """
+    with published(plan, path, force=force) as sinks:
+        fill(sinks, quantizer_ordered=plan.by_quantizer, threads=threads, twins=twins, on_progress=on_progress)
+
+
+@contextmanager
+def published(plan: Plan, path: Path, *, force: bool) -> Iterator[list[_FileSink]]:
+    """The planned files to fill, headers written: they take their names when the block ends well, the first shard last.
+
+    Raises GgufMoeError before writing as `check_target` does, and for what the disk refuses.
+    """
     check_target(plan, path, force=force)
     try:
         with ExitStack() as stack:
-            sinks = [stack.enter_context(_published(file, file.path(path), force)) for file in plan.files]
-            fill(
-                sinks,
-                quantizer_ordered=plan.by_quantizer,
-                threads=threads,
-                twins=twins,
-                on_progress=on_progress,
-            )
+            yield [stack.enter_context(_published(file, file.path(path), force)) for file in plan.files]
     except OSError as error:
         raise GgufMoeError(f"{path}: not written: {error}") from None
 

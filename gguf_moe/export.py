@@ -20,7 +20,7 @@ from gguf_moe.duplicates import Place
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.filling import Progress, fill
 from gguf_moe.layout import PlannedFile
-from gguf_moe.manifest import ExportedFile, Level, Manifest, make_manifest, read_manifest, write_manifest
+from gguf_moe.manifest import ExportedFile, Level, Manifest, read_manifest, write_manifest
 from gguf_moe.partial import OUTDATED, PartialFile, hash_file, journal_of
 from gguf_moe.plan import Plan
 
@@ -191,7 +191,8 @@ class _Run:
         """Write manifest and checksums of all levels that are here, this run's in their order first."""
         ours = [plan.files[0].path(self.directory / plan.default_name).name for plan in self.plans]
         names = [name for name in dict.fromkeys([*ours, *self.levels]) if name in self.levels]
-        manifest = make_manifest(self.plans[0].directory, self.recipe, [self.levels[name] for name in names])
+        source = self.plans[0].directory.resolve().name
+        manifest = Manifest(source, self.recipe, tuple(self.levels[name] for name in names))
         write_manifest(self.directory, manifest)
         write_sums(self.directory, {file.name: file.sha256 for level in manifest.levels for file in level.files})
         return manifest

@@ -25,9 +25,12 @@ def padded(nbytes: int) -> int:
 
 
 class _Writer(gguf.GGUFWriter):
-    """The gguf package's writer, which puts arrays that were read from a file back as they stood there."""
+    """The gguf package's writer, which puts back as they stood arrays that were read from a file, and whole values that
+    come as bytes with their type in front."""
 
     def _pack_val(self, val: Any, vtype: gguf.GGUFValueType, add_vtype: bool, sub_type: Any = None) -> bytes:
+        if isinstance(val, memoryview):
+            return bytes(val)
         if isinstance(val, StoredArray):
             return self._pack("I", vtype) + val.packed
         return super()._pack_val(val, vtype, add_vtype, sub_type)
@@ -36,7 +39,7 @@ class _Writer(gguf.GGUFWriter):
 def encode_header(keys: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> bytes:
     """Everything before the tensor data, padding included, as the gguf package writes it.
 
-    keys: `gguf.GGUFValue` by key, in order.
+    keys: `gguf.GGUFValue` by key, in order; a memoryview as value: type and value as they stood in a file.
     """
     writer = _Writer(None, arch="")
     writer.kv_data = [dict(keys)]

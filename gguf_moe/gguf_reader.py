@@ -137,6 +137,7 @@ class GgufFile:
     tensors: tuple[TensorInfo, ...] = field(repr=False)
     header_end: int  # where the padding before the data begins
     data_start: int
+    spans: dict[str, range] = field(repr=False)  # bytes of the file that are each key's type and value
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -193,17 +194,20 @@ class _Header:
         self.check_count("keys", keys, MAX_KEYS, _MIN_KEY)
         self.check_count("tensors", tensors, MAX_TENSORS, _MIN_TENSOR)
         values: dict[str, gguf.GGUFValue] = {}
+        spans: dict[str, range] = {}
         for number in range(keys):
             key = self.name(f"key {number}", MAX_KEY_BYTES)
             if key in values:
                 self.fail(f"key {key!r} is there twice")
+            start = self.at
             values[key] = self.value(key)
+            spans[key] = range(start, self.at)
         alignment = self.alignment(values)
         infos = self.tensors(tensors, alignment)
         data_start = _padded(self.at, alignment)
         if infos:
             self.check_end(infos[-1], data_start)
-        return GgufFile(self.path, self.size, values, tuple(infos), self.at, data_start)
+        return GgufFile(self.path, self.size, values, tuple(infos), self.at, data_start, spans)
 
     def fail(self, reason: str) -> NoReturn:
         raise GgufMoeError(f"{self.path}: not a readable GGUF file: {reason} (at byte {self.at} of {self.size})")
@@ -325,7 +329,7 @@ class _Header:
         if columns % kind.block_length:
             self.fail(f"{where} has rows of {columns}, no multiple of the {kind.block_length} that {kind.name} packs")
         nbytes = elements // kind.block_length * kind.block_bytes
-        if max(nbytes, *shape, 0) > self.size:
+        if max(nbytes, *(length // 8 for length in shape), 0) > self.size:  # every type takes a bit a weight or more
             self.fail(f"{where} of shape {list(shape)} takes {nbytes} bytes of {kind.name}; the file may be truncated")
         return TensorInfo(name, kind.name, shape, nbytes, offset)
 

@@ -71,10 +71,14 @@ class GgufModel:
         return self.files[0].path
 
     @property
+    def name(self) -> str:
+        """The file's name without suffix and shard number."""
+        return match[1] if (match := _SHARD.fullmatch(self.path.name)) else self.path.stem
+
+    @property
     def stem(self) -> str:
         """The file's name without suffix, shard number and file type."""
-        name = match[1] if (match := _SHARD.fullmatch(self.path.name)) else self.path.stem
-        return re.sub(rf"[-.]{re.escape(self.kept_file_type.name)}$", "", name, flags=re.IGNORECASE)
+        return re.sub(rf"[-.]{re.escape(self.kept_file_type.name)}$", "", self.name, flags=re.IGNORECASE)
 
     @cached_property
     def keys(self) -> dict[str, gguf.GGUFValue]:

@@ -42,8 +42,24 @@ def dimensions(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def plan_text(plan: Plan) -> str:
-    """The dry run: every tensor, what the file says of itself and what the user set, then the totals."""
+def plan_text(plan: Plan, *, tensors: bool = True) -> str:
+    """The dry run: every tensor, what the file says of itself and what the user set, shards, then the totals; without
+    `tensors` only the last two."""
+    parts = _tensors_and_keys(plan) if tensors else []
+    if len(plan.files) > 1:
+        rows: list[Sequence[object]] = [("shard", "tensors", "bytes")]
+        rows += [(file.suffix.removeprefix("-"), len(file.tensors), file.size) for file in plan.files]
+        parts.append(table(rows, "<>>"))
+    return "\n\n".join([*parts, plan_summary(plan)])
+
+
+def target_text(plan: Plan, target: Path) -> str:
+    """The file that is written; of shards the first, which is the one to load, and how many there are."""
+    first, more = plan.files[0].path(target), len(plan.files) - 1
+    return f"{first} and {more} more shard{'s' if more > 1 else ''}" if more else str(first)
+
+
+def _tensors_and_keys(plan: Plan) -> list[str]:
     rows: list[Sequence[object]] = [("tensor", "shape", "type", "bytes", "")]
     for t in plan.tensors:
         rows.append((printable(t.info.name), dimensions(t.info.shape), t.info.type, t.info.nbytes, _why(t.choice)))
@@ -52,7 +68,7 @@ def plan_text(plan: Plan) -> str:
         for key, item in plan.keys.items()
         if key.startswith("general.") or key in plan.overridden
     ]
-    return "\n\n".join([table(rows, "<<<><"), table(keys, "<<<"), plan_summary(plan)])
+    return [table(rows, "<<<><"), table(keys, "<<<")]
 
 
 def _why(choice: Choice) -> str:

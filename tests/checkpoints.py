@@ -94,6 +94,13 @@ def unfused(parts: Parts) -> Parts:
     return Parts(tensors, dict(parts.config))
 
 
+def for_the_converter(directory: Path) -> Path:
+    """The bundled merge as llama.cpp's converter takes it: a tensor an expert, and the SentencePiece model beside."""
+    path = unfused(bundled()).save(directory / MERGE.name)
+    shutil.copy(DATA / "tokenizers" / "tidepool.tokenizer.model", path / "tokenizer.model")
+    return path
+
+
 def with_experts(parts: Parts, count: int, layers: int = 1) -> Parts:
     """`count` experts, the real ones over and over with their rows rolled by the round, so that all differ; and the
     first `layers` layers only."""

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": "checkpoint cli convert duplicates errors filling gguf_reader gguf_source origin plan recipe recipe_file "
-    "report request rules verify",
+    "cli": "card checkpoint cli convert duplicates errors estimate export filling gguf_reader gguf_source manifest origin "
+    "plan recipe recipe_file report request resharding rules sharding verify",
     "__main__": "cli",
     "__init__": "",
     "card": "card_body donors errors gguf_file manifest metadata naming plan",
@@ -23,6 +23,10 @@ ALLOWED = {
     "checksums": "errors gguf_file",
     "origin": "checkpoint encoding errors gguf_file gguf_reader gguf_source layout mapping plan recipe request "
     "sharding",
+    "resharding": "convert errors filling gguf_file gguf_reader gguf_source layout mapping plan recipe sharding",
+    "export": "checksums convert duplicates errors filling layout manifest partial plan",
+    "partial": "errors gguf_file gguf_reader layout",
+    "estimate": "encoding plan",
     "filling": "duplicates encoding gguf_file layout mapping pool recipe",
     "pool": "",
     "encoding": "checkpoint errors mapping",

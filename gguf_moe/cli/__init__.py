@@ -14,6 +14,7 @@ from gguf_moe import __version__, report
 from gguf_moe.cli.convert import convert
 from gguf_moe.cli.export import export
 from gguf_moe.cli.inspect import inspect
+from gguf_moe.cli.reshard import merge, split
 from gguf_moe.cli.verify import verify
 from gguf_moe.errors import GgufMoeError
 
@@ -38,7 +39,7 @@ def cli() -> None:
     """Convert merged mixtures of experts to GGUF files, with the bytes that llama.cpp would have written."""
 
 
-for command in (convert, export, inspect, verify):
+for command in (convert, export, inspect, merge, split, verify):
     cli.add_command(command)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from gguf_moe import report
-from gguf_moe.cli.options import as_request, is_gguf, open_model, request_options
+from gguf_moe.cli.options import as_request, find_target, is_gguf, open_model, output_options, request_options
 from gguf_moe.cli.progress import progress_lines, warn
 from gguf_moe.convert import check_target
 from gguf_moe.convert import convert as run_plan
@@ -24,10 +24,8 @@ from gguf_moe.recipe_file import RecipeFile, read_recipe
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--bits", type=click.Choice([str(b) for b in BITS]), help="Bits a weight; short for a usual --quant.")
 @click.option("--quant", "quant_name", metavar="NAME", help="A file type of llama.cpp, as Q4_K_M or BF16, in any case.")
-@click.option("-o", "--output", metavar="PATH", help="File or directory; by default beside MODEL.")
+@output_options
 @click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
-@click.option("--force", is_flag=True, help="Replace an existing file.")
-@click.option("--dry-run", is_flag=True, help="Print the plan, tensor by tensor, and write nothing.")
 @request_options
 def convert(
     model: Path,
@@ -40,31 +38,28 @@ def convert(
     recipe: Path | None,
     **asked: Any,
 ) -> None:
-    """Convert MODEL to one GGUF file: the directory of a merge (config.json, tokenizer, safetensors), or a GGUF file,
-    the first shard if there are several. A GGUF file keeps its tensors' types unless --bits or --quant is given."""
-    if output and output.endswith("/") and not Path(output).is_dir():  # else a file of that name would be written
-        raise UsageError(f"--output {output}: no such directory")
+    """Convert MODEL to one GGUF file or to shards: the directory of a merge (config.json, tokenizer, safetensors), or
+    a GGUF file, the first shard if there are several. A GGUF file keeps its tensors' types unless --bits or --quant is
+    given."""
     asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
     file_type = asked_recipe.file_type
     if not (is_gguf(model) and bits is quant_name is file_type is None):
         file_type = _asked_file_type(bits, quant_name, file_type)
     plan = make_plan(open_model(model), file_type, as_request(asked_recipe, **asked))
-    target = Path(output) if output else (model if model.name not in ("", "..") else model.resolve()).parent
-    if target.is_dir():
-        target = target / plan.default_name
+    target = find_target(output, model, plan.default_name)
     if not dry_run:
         check_target(plan, target, force=force)
     warn(plan.warnings)
     duplicates = find_duplicates([plan])
     if dry_run:
         click.echo("\n".join([report.plan_text(plan), *duplicates.notes()]))
-        click.echo(f"would be written to {target}")
+        click.echo(f"would be written to {report.target_text(plan, target)}")
         return
     started = time.monotonic()
     with progress_lines() as show:
         run_plan(plan, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
     click.echo("\n".join([report.plan_summary(plan), *duplicates.notes()]))
-    click.echo(f"{target} written in {time.monotonic() - started:.1f} seconds")
+    click.echo(f"{report.target_text(plan, target)} written in {time.monotonic() - started:.1f} seconds")
 
 
 def _asked_file_type(bits: str | None, name: str | None, recipe: FileType | None) -> FileType:

@@ -21,6 +21,7 @@ from gguf_moe.estimate import seconds_of_encoding
 from gguf_moe.export import LADDER, Event, Finished, Found
 from gguf_moe.export import export as run_plans
 from gguf_moe.filling import Progress
+from gguf_moe.manifest import recipe_values
 from gguf_moe.plan import Plan, make_plans
 from gguf_moe.recipe import find_file_type
 from gguf_moe.recipe_file import RecipeFile, read_recipe
@@ -73,7 +74,7 @@ def export(
             manifest = run_plans(
                 plans,
                 output,
-                recipe=_as_asked(recipe, asked),
+                recipe=recipe_values(request),
                 threads=threads,
                 force=force,
                 twins=duplicates.twins,
@@ -82,17 +83,9 @@ def export(
     except (KeyboardInterrupt, SystemExit):
         click.echo("gguf-moe: interrupted; the same command goes on from here", err=True)
         raise
-    warn(write_card(output, plans, manifest, quantized_by=quantized_by, repo=repo))
+    warn(write_card(output, plans[0], manifest, quantized_by=quantized_by, repo=repo))
     if not as_json:
         click.echo("\n".join([*duplicates.notes(), f"{len(plans)} levels are complete in {output}"]))
-
-
-def _as_asked(recipe: Path | None, asked: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given, for the manifest; of a path its last part, the rest is nobody else's business."""
-    given = {name.replace("_", "-"): value for name, value in asked.items() if value not in (None, False, ())}
-    if recipe:
-        given["recipe"] = recipe.read_text(encoding="utf-8")
-    return json.loads(json.dumps(given, default=lambda path: path.name))
 
 
 class _Watcher:

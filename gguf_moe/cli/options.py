@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gguf_moe.checkpoint import Checkpoint, open_checkpoint
+from gguf_moe.errors import UsageError
 from gguf_moe.gguf_source import GgufModel, open_gguf
 from gguf_moe.recipe_file import RecipeFile
 from gguf_moe.request import Request
 from gguf_moe.rules import merge, parse_rules
+from gguf_moe.sharding import Splitting
 
 
 def request_options(command: Callable) -> Callable:
-    """The options that become a `Request`, for every command that makes files."""
+    """The options that become a `Request`, for every command that makes files; those of `splitting_options` too."""
     options = (
         click.option("--recipe", type=click.Path(path_type=Path), help="TOML file with any of the options on types."),
         click.option(
@@ -47,9 +51,60 @@ def request_options(command: Callable) -> Callable:
             "--allow-requantize", is_flag=True, help="Decode and quantize anew what is quantized in a GGUF MODEL."
         ),
     )
+    command = splitting_options(command)
     for option in reversed(options):
         command = option(command)
     return command
+
+
+class _Size(click.ParamType):
+    """Bytes, in decimal units as llama.cpp's tools take them."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        match = re.fullmatch(r"([1-9][0-9]{0,17})([KMG]?)", value, re.IGNORECASE)
+        if match is None:
+            self.fail(f"{value!r} is no size, expected bytes or a number with K, M or G, as 4G", param, ctx)
+        return int(match[1]) * 1000 ** " KMG".index(match[2].upper() or " ")
+
+
+def splitting_options(command: Callable) -> Callable:
+    """The options that become a `Splitting`, which the command takes as `splitting`; None where none is given."""
+
+    @click.option("--split-max-size", type=_Size(), metavar="N[K|M|G]", help="Shards of at most as many bytes of data.")
+    @click.option("--split-max-tensors", type=click.IntRange(1), metavar="N", help="Shards of at most N tensors.")
+    @click.option("--no-tensor-first-split", is_flag=True, help="A first shard with the metadata alone.")
+    @wraps(command)
+    def with_splitting(
+        split_max_size: int | None, split_max_tensors: int | None, no_tensor_first_split: bool, **others: Any
+    ) -> Any:
+        asked = split_max_size or split_max_tensors or no_tensor_first_split
+        splitting = Splitting(split_max_size, split_max_tensors, not no_tensor_first_split) if asked else None
+        return command(splitting=splitting, **others)
+
+    return with_splitting
+
+
+def output_options(command: Callable) -> Callable:
+    """Where to write, for every command that makes one model."""
+    options = (
+        click.option("-o", "--output", metavar="PATH", help="File or directory; by default beside the input."),
+        click.option("--force", is_flag=True, help="Replace an existing file."),
+        click.option("--dry-run", is_flag=True, help="Print the plan and write nothing."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def find_target(output: str | None, source: Path, default_name: str) -> Path:
+    """What --output means: a file, or a directory for the default name; without it beside the source. Shards are called
+    after it."""
+    if output and output.endswith("/") and not Path(output).is_dir():  # else a file of that name would be written
+        raise UsageError(f"--output {output}: no such directory")
+    target = Path(output) if output else (source if source.name not in ("", "..") else source.resolve()).parent
+    return target / default_name if target.is_dir() else target
 
 
 def as_request(
