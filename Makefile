@@ -8,10 +8,10 @@ LIBLLAMA  := $(LLAMA_CPP)/build/bin/libllama.so
 GGUF_SPLIT := $(LLAMA_CPP)/build/bin/llama-gguf-split
 DEMO   := build/demo/TidePool-4x4M-v1-Q4_K_M.gguf
 
-.PHONY: help setup demo test test-long test-asan bench bench-convert lint format golden clean
+.PHONY: help setup demo test test-long test-asan bench bench-convert bench-export lint format golden clean
 
 help:
-	@echo "setup  demo  test  test-long  test-asan  bench  bench-convert  lint  format  golden  clean"
+	@echo "setup  demo  test  test-long  test-asan  bench  bench-convert  bench-export  lint  format  golden  clean"
 
 setup: $(VENV)/.ready
 
@@ -55,6 +55,9 @@ bench: setup  ## the codecs beside ggml, one core
 
 bench-convert: setup  ## a model of a billion parameters beside reading and writing it (5 GB of temporary files)
 	$(BIN)/python tests/bench/bench_convert.py
+
+bench-export: setup  ## the ten-level ladder beside ten conversions and ggml's encodings (11 GB of temporary files)
+	$(BIN)/python tests/bench/bench_export.py
 
 lint: setup
 	$(BIN)/ruff check .

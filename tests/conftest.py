@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,12 @@ def made(run: RunCli, merges: dict[str, Path], tmp_path_factory: pytest.TempPath
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def want(made) -> Callable[[Sequence[str]], dict[str, str]]:
+    """What an undisturbed conversion makes."""
+    return lambda quants: {q: hashlib.sha256(made("json", q).read_bytes()).hexdigest() for q in quants}
 
 
 @pytest.fixture(scope="session")

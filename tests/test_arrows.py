@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": "card checkpoint cli convert duplicates errors estimate export filling gguf_reader gguf_source manifest origin "
-    "plan recipe recipe_file report request resharding rules sharding verify",
+    "cli": "card checkpoint cli convert duplicates errors estimate export filling gguf_reader gguf_source manifest "
+    "origin plan recipe recipe_file report request resharding rules sharding verify",
     "__main__": "cli",
     "__init__": "",
     "card": "card_body donors errors gguf_file manifest metadata naming plan",

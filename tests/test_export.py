@@ -7,8 +7,10 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import MERGE, Parts, bundled
+from neighbours import Llama
 
 import quant
 from gguf_moe import filling
@@ -18,6 +20,8 @@ from gguf_moe.estimate import new_encodings
 from gguf_moe.export import LADDER, Found, export
 from gguf_moe.plan import make_plans
 from gguf_moe.recipe import find_file_type
+
+DEFAULT = [argument for name in LADDER for argument in ("--quant", name)]
 
 
 def sha256(path: Path) -> str:
@@ -166,3 +170,34 @@ def test_wrong_calls(arguments: tuple[str, ...], code: int, message: str, run, t
     assert result.exit_code == code
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_every_level_loads_in_llama_cpp_whole_and_in_shards(run, made, tmp_path: Path) -> None:
+    options = ("--split-max-size", "2M", "--no-tensor-first-split")
+    assert run("export", MERGE, "-o", tmp_path / "whole", "--quant", "BF16", *DEFAULT).exit_code == 0
+    assert run("export", MERGE, "-o", tmp_path / "shards", "--quant", "BF16", *DEFAULT, *options).exit_code == 0
+    wholes = sorted((tmp_path / "whole").glob("*.gguf"))
+    assert len(wholes) == len(LADDER) + 1
+    for path in wholes:
+        first = next((tmp_path / "shards").glob(f"{path.stem}-00001-of-*.gguf"))
+        with Llama(path) as model, Llama(first) as shards:
+            logits = model.logits([1, 300, 400, 500])
+            assert np.isfinite(logits).all()
+            assert np.array_equal(shards.logits([1, 300, 400, 500]), logits)
+
+
+def test_shards_are_those_that_convert_makes(run, tmp_path: Path) -> None:
+    options = ("--split-max-tensors", "9")
+    for quant_name in ("Q4_K_M", "BF16"):
+        run("convert", MERGE, "-o", tmp_path / f"{MERGE.name}-{quant_name}.gguf", "--quant", quant_name, *options)
+    run("export", MERGE, "-o", tmp_path / "out", "--quant", "Q4_K_M", "--quant", "BF16", *options)
+    shards = sorted(tmp_path.glob("*.gguf"))
+    assert len(shards) == 10
+    assert {p.name: sha256(p) for p in shards} == {p.name: sha256(p) for p in (tmp_path / "out").glob("*.gguf")}
+
+
+def test_what_was_exported_verifies(run, tmp_path: Path) -> None:
+    run("export", MERGE, "-o", tmp_path, "--quant", "Q2_K", "--quant", "Q6_K", "--split-max-size", "3M")
+    result = run("verify", *sorted(tmp_path.glob("*.gguf")), "--against", MERGE)
+    assert result.exit_code == 0, result.output
+    assert "SHA-256 as in SHA256SUMS, derives from" in result.stdout

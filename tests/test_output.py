@@ -247,6 +247,17 @@ def test_memory_stays_bounded_for_gguf_files(big_layer: Path, tmp_path: Path) ->
     assert target.read_bytes() == q8_0.read_bytes()
 
 
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+def test_a_ladder_stays_below_a_gibibyte_resident(big_layer: Path, tmp_path: Path) -> None:
+    code = "import re; from gguf_moe.cli import cli; cli(standalone_mode=False); "
+    code += "print(re.search(r'VmHWM:\\s+(\\d+) kB', open('/proc/self/status').read())[1])"
+    command = [sys.executable, "-c", code, "export", big_layer, "-o", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout.split()[-1]) < 1 << 20
+
+
 def convert_within_the_limit(source: Path, target: Path, *options: str) -> None:
     within_the_limit("convert", str(source), "-o", str(target), *options)
 
