@@ -11,6 +11,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +22,7 @@ from gguf_moe.gguf_reader import read_gguf
 from gguf_moe.layout import PlannedFile
 
 READ_BYTES = 1 << 20  # at once, for hashing
+FLUSH_BYTES = 1 << 26  # after which the disk is set to work, so that it need not do all of it at the end
 OUTDATED = "source, recipe or version of gguf-moe are others now"
 _RECORD = re.compile(rb"(\d{1,20}) ([0-9a-f]{64})")
 
@@ -49,6 +51,9 @@ class PartialFile:
         self._hashed = self._recorded = 0  # bytes from the start
         self._waiting: dict[int, int] = {}  # written, but not yet hashed since something before is missing: start, end
         self._file: BinaryIO | None = None
+        self._flusher: ThreadPoolExecutor | None = None
+        self._flushing: Future[None] | None = None
+        self._flushed = 0  # bytes from the start that the disk was given
 
     def is_renamed(self) -> bool:
         """Whether an earlier run gave the file its name and was stopped before it could say so elsewhere."""
@@ -96,10 +101,14 @@ class PartialFile:
         """Note in the journal how much is whole; publish the file when that is all of it."""
         if self._hashed > self._recorded:
             self._record()
+        if self._hashed - self._flushed >= FLUSH_BYTES:
+            self._flush_behind()
         self._publish_if_whole()
 
     def close(self) -> None:
         """Let go of the file; it and its journal stay for the next run."""
+        if self._flusher:
+            self._flusher.shutdown()
         if self._file:
             self._file.close()
             self._file = None
@@ -140,6 +149,19 @@ class PartialFile:
         self._publish_if_whole()
         return True
 
+    def _flush_behind(self) -> None:
+        """Have a thread flush what is written, one call at a time; what that says is not lost."""
+        if self._flushing and not self._flushing.done():
+            return
+        self._await_flush()
+        self._flusher = self._flusher or ThreadPoolExecutor(1)
+        self._flushing = self._flusher.submit(os.fsync, self._opened().fileno())
+        self._flushed = self._hashed
+
+    def _await_flush(self) -> None:
+        if self._flushing:
+            self._flushing.result()
+
     def _hash_from_file(self, end: int) -> None:
         """Hash what was written before its turn came."""
         while self._hashed < end:
@@ -159,6 +181,7 @@ class PartialFile:
         if self.sha256 or self._hashed < self.planned.size:
             return
         self._check_source()
+        self._await_flush()
         os.fsync(self._opened().fileno())
         self.close()
         file = read_gguf(self.partial)
