@@ -43,7 +43,7 @@ def _run(plan: Plan, file: Path, output: str | None, force: bool, dry_run: bool)
         click.echo(f"would be written to {report.target_text(plan, target)}")
         return
     started = time.monotonic()
-    with progress_lines(plan.data_bytes) as show:
+    with progress_lines() as show:
         reshard(plan, target, force=force, on_progress=show)
     click.echo(report.plan_text(plan, tensors=False))
     click.echo(f"{report.target_text(plan, target)} written in {time.monotonic() - started:.1f} seconds")
