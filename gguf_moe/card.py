@@ -56,8 +56,7 @@ def write_card(
     Raises UsageError for an impossible repo, GgufMoeError when the source's model card has become unreadable or the
     file cannot be written.
     """
-    if repo is not None and not is_repo_id(repo):
-        raise UsageError(f"--repo {repo}: no id of a repository on the Hub, expected ORGANIZATION/NAME")
+    check_repo(repo)
     fields, warnings = _front_matter(plan, quantized_by)
     sections, more = _sections(plan, manifest, repo, report)
     warnings += more
@@ -74,6 +73,12 @@ def write_card(
         warnings += [f"{path}: {change}" for change in changed]
         return warnings + ([f"{path}: holds the model card"] if name != CARD else [])
     return [*warnings, f"{directory}: no model card is written; move one of {CARD} and {BESIDE} away"]
+
+
+def check_repo(repo: str | None) -> None:
+    """Refuse what cannot be the id of a repository on the Hub."""
+    if repo is not None and not is_repo_id(repo):
+        raise UsageError(f"--repo {repo}: no id of a repository on the Hub, expected ORGANIZATION/NAME")
 
 
 @dataclass(frozen=True)

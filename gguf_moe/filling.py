@@ -20,7 +20,7 @@ from gguf_moe.pool import in_order
 from gguf_moe.recipe import quantizer_order
 
 # Weights encoded at once: large enough to make the Python around a piece cheap, small enough to bound memory.
-PIECE_WEIGHTS = 1 << 20
+PIECE_WEIGHTS = 1 << 19
 
 
 class Sink(Protocol):

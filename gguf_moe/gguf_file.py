@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import secrets
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +35,16 @@ class _Writer(gguf.GGUFWriter):
         if isinstance(val, StoredArray):
             return self._pack("I", vtype) + val.packed
         return super()._pack_val(val, vtype, add_vtype, sub_type)
+
+
+def stored(value: gguf.GGUFValue) -> gguf.GGUFValue:
+    """A key's value with its array, if it is one, as the bytes that files hold; they are made here and not again."""
+    if value.type is not gguf.GGUFValueType.ARRAY or not value.value:
+        return value
+    packed = memoryview(_Writer(None, arch="")._pack_val(value.value, value.type, False, value.sub_type))
+    element, length = struct.unpack_from("<IQ", packed)
+    kind = gguf.GGUFValueType(element)
+    return gguf.GGUFValue(StoredArray(kind, length, packed[12:]), value.type, kind)
 
 
 def encode_header(keys: Mapping[str, Any], tensors: Sequence[TensorInfo]) -> bytes:

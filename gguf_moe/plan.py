@@ -17,6 +17,7 @@ from gguf_moe import mapping
 from gguf_moe.arch import Architecture, ModelFacts, find_architecture
 from gguf_moe.checkpoint import Checkpoint
 from gguf_moe.errors import GgufMoeError, UsageError
+from gguf_moe.gguf_file import stored
 from gguf_moe.gguf_keys import (
     ModelKeys,
     check_vocabulary,
@@ -118,6 +119,18 @@ class _Described:
     metadata: gguf.Metadata
     metadata_warnings: list[str]
 
+    @cached_property
+    def vocabulary_keys(self) -> dict[bool, dict[str, gguf.GGUFValue]]:
+        """The tokenizer's keys as the converter writes them (False), and as the quantizer does (True): packed once,
+        because that takes longer than all the rest of a plan."""
+        writer = gguf.GGUFWriter(None, self.architecture.name)
+        own = set(writer.kv_data[0])
+        self.vocabulary.add_keys(writer)
+        keys = {key: value for key, value in writer.kv_data[0].items() if key not in own}
+        cut = {key: cut_at_nul(value) for key, value in keys.items()}
+        packed = {key: stored(value) for key, value in keys.items()}
+        return {False: packed, True: {k: packed[k] if cut[k] is keys[k] else stored(cut[k]) for k in keys}}
+
 
 def _describe(checkpoint: Checkpoint, request: Request) -> _Described:
     architecture = find_architecture(checkpoint.config)
@@ -138,8 +151,6 @@ def _plan_from_checkpoint(described: _Described, file_type: FileType | None, req
     tensors, rule_warnings = _choose(described.mapped, file_type, recipe_facts, request)
     try:
         keys = _keys(described, file_type, by_quantizer)
-        if by_quantizer:
-            keys = {key: cut_at_nul(value) for key, value in keys.items()}
         keys, key_warnings = apply_overrides(keys, request.override_kv, architecture.name, facts.vocabulary)
         files = lay_out(tensors, keys, request.splitting, by_converter=not by_quantizer)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error) as error:
@@ -301,11 +312,14 @@ def _keys(described: _Described, file_type: FileType, by_quantizer: bool) -> dic
     architecture.add_last_keys(writer, facts)
     if not by_quantizer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    described.vocabulary.add_keys(writer)
+    keys = writer.kv_data[0]
+    if by_quantizer:
+        keys.update({key: cut_at_nul(value) for key, value in keys.items()})
+    keys.update(described.vocabulary_keys[by_quantizer])
     if by_quantizer:
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(file_type.id)
-    return dict(writer.kv_data[0])
+    return dict(keys)
 
 
 def _fallback_warning(tensors: Sequence[TensorPlan]) -> list[str]:

@@ -31,8 +31,8 @@ ALLOWED = {
     "pool": "",
     "encoding": "checkpoint errors mapping",
     "duplicates": "mapping plan",
-    "plan": "arch checkpoint errors gguf_keys gguf_reader gguf_source layout mapping metadata naming overrides recipe "
-    "request rules tokenizer",
+    "plan": "arch checkpoint errors gguf_file gguf_keys gguf_reader gguf_source layout mapping metadata naming "
+    "overrides recipe request rules tokenizer",
     "layout": "gguf_file gguf_reader mapping recipe sharding",
     "sharding": "errors gguf_file",
     "gguf_keys": "arch errors mapping recipe",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -162,6 +163,7 @@ def test_a_weight_that_is_not_finite_leaves_no_final_name(run, tmp_path: Path) -
     [
         (("--quant", "Q9_K"), 2, "Q9_K"),
         (("--threads", "0"), 2, "--threads"),
+        (("--repo", "not an id"), 2, "--repo not an id: no id of a repository on the Hub"),
         (("--tensor-type", "nothing_like_it=Q8_0"), 2, "nothing_like_it"),
     ],
 )
@@ -201,3 +203,19 @@ def test_what_was_exported_verifies(run, tmp_path: Path) -> None:
     result = run("verify", *sorted(tmp_path.glob("*.gguf")), "--against", MERGE)
     assert result.exit_code == 0, result.output
     assert "SHA-256 as in SHA256SUMS, derives from" in result.stdout
+
+
+def test_a_last_look_at_the_files(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ("export", MERGE, "-o", tmp_path, "--quant", "Q2_K", "--quant", "Q6_K", "--verify")
+    result = run(*arguments)
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[-1] == "2 of 2 files are good"
+    path = tmp_path / f"{MERGE.name}-Q6_K.gguf"
+    data = bytearray(path.read_bytes())
+    data[3_000_000] ^= 4
+    before = path.stat()
+    path.write_bytes(data)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # a disk that lies
+    result = run(*arguments)
+    assert result.exit_code == 1
+    assert f"{path}: BAD: " in result.stdout

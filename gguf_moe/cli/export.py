@@ -13,9 +13,10 @@ import click
 from tqdm import tqdm
 
 from gguf_moe import report
-from gguf_moe.card import write_card
+from gguf_moe.card import check_repo, write_card
 from gguf_moe.cli.options import as_request, open_model, request_options
 from gguf_moe.cli.progress import progress_bar, warn
+from gguf_moe.cli.verify import verify_files
 from gguf_moe.duplicates import find_duplicates
 from gguf_moe.estimate import seconds_of_encoding
 from gguf_moe.export import LADDER, Event, Finished, Found
@@ -38,17 +39,21 @@ from gguf_moe.recipe_file import RecipeFile, read_recipe
 @click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
 @click.option("--force", is_flag=True, help="Replace files that no export made.")
 @click.option("--dry-run", is_flag=True, help="Print the levels with sizes and costs, and write nothing.")
+@click.option("--verify", is_flag=True, help="Read every file once more at the end, and check all of it.")
 @click.option("--json", "as_json", is_flag=True, help="Events as JSON, one a line, for programs.")
 @click.option("--quantized-by", metavar="NAME", help="Who stands in the model card as its maker.")
 @click.option("--repo", metavar="ORG/NAME", help="Where the files will be published, for the card's commands.")
 @request_options
+@click.pass_context
 def export(
+    context: click.Context,
     model: Path,
     output: Path,
     names: tuple[str, ...],
     threads: int | None,
     force: bool,
     dry_run: bool,
+    verify: bool,
     as_json: bool,
     quantized_by: str | None,
     repo: str | None,
@@ -58,6 +63,7 @@ def export(
     """Write a whole ladder of GGUF files of MODEL into a directory, with checksums and a model card, from one read.
 
     Run again, it goes on where it stopped, and makes anew only what the model or the options have changed."""
+    check_repo(repo)
     asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
     request = as_request(asked_recipe, **asked)
     levels = [find_file_type(name) for name in names] or [asked_recipe.file_type]
@@ -86,6 +92,9 @@ def export(
     warn(write_card(output, plans[0], manifest, quantized_by=quantized_by, repo=repo))
     if not as_json:
         click.echo("\n".join([*duplicates.notes(), f"{len(plans)} levels are complete in {output}"]))
+    files = [file.path(output / plan.default_name) for plan in plans for file in plan.files]
+    if verify and not verify_files(files, None, as_json):
+        context.exit(1)
 
 
 class _Watcher:
@@ -123,7 +132,8 @@ def _found_line(found: Found) -> str:
 
 def _finished_line(finished: Finished) -> str:
     level = finished.level
-    name = level.files[0].name + (f" and {len(level.files) - 1} more shards" if len(level.files) > 1 else "")
+    more = len(level.files) - 1
+    name = level.files[0].name + (f" and {more} more shard{'s' if more > 1 else ''}" if more else "")
     size = report.size_text(sum(file.size for file in level.files))
     return (
         f"{level.quant}: {name}, {size}, {level.bits_per_weight:.2f} bits per weight, after {level.seconds:.1f} seconds"

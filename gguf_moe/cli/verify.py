@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,12 @@ def verify(
     if against is None and request != Request():
         raise UsageError("options of a conversion need --against MODEL")
     origin = Origin(open_model(against), request) if against else None
+    if not verify_files(files, origin, as_json):
+        context.exit(1)
+
+
+def verify_files(files: Sequence[Path], origin: Origin | None, as_json: bool) -> bool:
+    """Check files and print what was found of them; whether all are good."""
     verdicts = []
     for file in files:
         with progress_bar(leave=False) as show:
@@ -50,10 +57,10 @@ def verify(
             click.echo(report.one_line(_text(verdict)))
     good = sum(verdict.good for verdict in verdicts)
     if as_json:
-        click.echo(json.dumps({"files": [_facts(verdict) for verdict in verdicts], "good": good}, indent=1))
+        click.echo(json.dumps({"files": [_facts(verdict) for verdict in verdicts], "good": good}))
     else:
         click.echo(f"{good} of {len(files)} files are good")
-    context.exit(0 if good == len(files) else 1)
+    return good == len(files)
 
 
 def _text(verdict: Verdict) -> str:

@@ -31,7 +31,7 @@ from gguf_moe.export import LADDER  # noqa: E402
 from gguf_moe.plan import Plan, make_plans  # noqa: E402
 from gguf_moe.recipe import find_file_type  # noqa: E402
 
-ROUNDS = 2
+ROUNDS = 3
 SAMPLE_ROWS = 64
 
 
