@@ -57,12 +57,18 @@ def find_duplicates(plans: Sequence[Plan]) -> Duplicates:
         for tensor in stacks
         if tensor.name in searched
         for expert, first in experts.items()
+        if _matter_alike(tensor.slabs[expert], tensor.slabs[first])
     }
     ends = [tensor for tensor in tensors.values() if tensor.role in ("output", "token_embd")]
     tied = len(ends) == 2 and len({_fingerprint(end.slabs[0], SAMPLES_OF_VOCABULARY) for end in ends}) == 1
-    if tied and ends[1].name in searched:
+    if tied and ends[1].name in searched and _matter_alike(ends[0].slabs[0], ends[1].slabs[0]):
         twins[ends[1].name, 0] = ends[0].name, 0
     return Duplicates(experts, tied, twins)
+
+
+def _matter_alike(slab: Slab, other: Slab) -> bool:
+    """Whether the same rows give the same bytes, which depend on the importance of their columns too."""
+    return np.array_equal(slab.importance, other.importance)
 
 
 def same_rows(slab: Slab, other: Slab, start: int, stop: int) -> bool:

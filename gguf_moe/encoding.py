@@ -13,7 +13,8 @@ from gguf_moe.mapping import Slab
 
 
 def encode(slab: Slab, start: int, stop: int, kinds: Iterable[str]) -> dict[str, np.ndarray]:
-    """Rows [start, stop) of a slab, read once, in each of the types `kinds`: uint8 [rows, row bytes] by type.
+    """Rows [start, stop) of a slab, read once, in each of the types `kinds`: uint8 [rows, row bytes] by type. Columns
+    weigh what the slab says they matter.
 
     Raises GgufMoeError for a weight that is not finite, or that a type cannot hold, and for a damaged block of a GGUF
     file.
@@ -27,7 +28,7 @@ def encode(slab: Slab, start: int, stop: int, kinds: Iterable[str]) -> dict[str,
         if rows is None:
             rows = slab.read(slab.source.matrix(), start, stop)
             _check_finite(rows, slab, start)
-        encoded[kind] = quant.quantize(rows, kind, dtype=SOURCE_DTYPES[slab.source.dtype][1])
+        encoded[kind] = quant.quantize(rows, kind, slab.importance, dtype=SOURCE_DTYPES[slab.source.dtype][1])
         _check_scales(encoded[kind], kind, slab, start)
     return encoded
 

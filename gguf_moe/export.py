@@ -211,7 +211,7 @@ def is_unchanged(path: Path, entry: ExportedFile) -> bool:
 
 def source_state(plan: Plan) -> str:
     """What tells a source from itself after a change: name, size and date of its files."""
-    files = sorted({slab.source.file for tensor in plan.tensors for slab in tensor.mapped.slabs})
+    files = sorted({slab.source.file for tensor in plan.tensors for slab in tensor.mapped.slabs} | set(plan.inputs))
     return "\n".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
 
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -24,12 +24,16 @@ LISTED_NAMES = 8  # how many absent names an error spells out
 
 @dataclass(frozen=True)
 class Slab:
-    """`rows` rows of a source matrix, from `first_row`; with `rotary_heads`, in rotary order."""
+    """`rows` rows of a source matrix, from `first_row`; with `rotary_heads`, in rotary order.
+
+    importance: how much each column matters when the rows are quantized, float32 [columns].
+    """
 
     source: SourceTensor
     first_row: int
     rows: int
     rotary_heads: int | None = None
+    importance: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ import re
 import struct
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,16 @@ from gguf_moe.gguf_keys import (
 )
 from gguf_moe.gguf_reader import TENSOR_TYPES, TensorInfo
 from gguf_moe.gguf_source import GgufModel, map_gguf
+from gguf_moe.imatrix import Imatrix, read_imatrix
 from gguf_moe.layout import PlannedFile, TensorPlan, lay_out
 from gguf_moe.metadata import add_metadata, check_asked, read_metadata
 from gguf_moe.naming import default_file_name
 from gguf_moe.overrides import apply_overrides
+from gguf_moe.plan_checks import check_decoding, check_importance, check_one_type, fallback_warning, refuse_fallbacks
 from gguf_moe.recipe import KEPT, FileType, RecipeFacts, quantizer_order
 from gguf_moe.request import Request
 from gguf_moe.rules import Chooser
 from gguf_moe.tokenizer import Vocabulary, read_vocabulary
-from quant import FORMATS
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Plan:
     default_name: str
     warnings: tuple[str, ...]
     overridden: tuple[str, ...] = ()  # keys that the user set
-    inputs: tuple[Path, ...] = ()  # GGUF files that are read, so never to be written to
+    inputs: tuple[Path, ...] = ()  # files beside a checkpoint's that are read, so never to be written to
 
     @cached_property
     def tensors(self) -> tuple[TensorPlan, ...]:
@@ -101,10 +102,11 @@ def make_plans(
 ) -> list[Plan]:
     """A plan for each of the file types, as `make_plan` makes them; a checkpoint is looked through once."""
     request = request or Request()
+    imatrix = read_imatrix(request.imatrix) if request.imatrix else None
     if isinstance(source, GgufModel):
-        return [_plan_from_gguf(source, file_type or source.kept_file_type, request) for file_type in file_types]
-    described = _describe(source, request)
-    return [_plan_from_checkpoint(described, file_type, request) for file_type in file_types]
+        return [_plan_from_gguf(source, kind or source.kept_file_type, request, imatrix) for kind in file_types]
+    described = _describe(source, request, imatrix)
+    return [_plan_from_checkpoint(described, file_type, request, imatrix) for file_type in file_types]
 
 
 @dataclass(frozen=True)
@@ -132,26 +134,36 @@ class _Described:
         return {False: packed, True: {k: packed[k] if cut[k] is keys[k] else stored(cut[k]) for k in keys}}
 
 
-def _describe(checkpoint: Checkpoint, request: Request) -> _Described:
+def _describe(checkpoint: Checkpoint, request: Request, imatrix: Imatrix | None) -> _Described:
     architecture = find_architecture(checkpoint.config)
     facts = architecture.facts(checkpoint.config, request.experts_used)
-    mapped = mapping.map_tensors(checkpoint, architecture, facts)
+    mapped = _weighed(mapping.map_tensors(checkpoint, architecture, facts), imatrix)
     directory = checkpoint.directory
     vocabulary = read_vocabulary(directory, facts.vocabulary, pre=request.pre, chat_template=request.chat_template)
     return _Described(directory, architecture, facts, mapped, vocabulary, *read_metadata(directory, mapped, request))
 
 
-def _plan_from_checkpoint(described: _Described, file_type: FileType | None, request: Request) -> Plan:
+def _weighed(mapped: list[mapping.MappedTensor], imatrix: Imatrix | None) -> list[mapping.MappedTensor]:
+    return [imatrix.weigh(tensor) for tensor in mapped] if imatrix else mapped
+
+
+def _plan_from_checkpoint(
+    described: _Described, file_type: FileType | None, request: Request, imatrix: Imatrix | None
+) -> Plan:
     directory, facts, architecture = described.directory, described.facts, described.architecture
     if file_type is None:
         raise UsageError(f"{directory}: a checkpoint needs a file type: give --bits or --quant")
     by_quantizer = _by_quantizer(file_type, request)
     tied = not any(tensor.name == "output.weight" for tensor in described.mapped)
-    recipe_facts = RecipeFacts(facts.layers, facts.experts, facts.heads, facts.kv_heads, tied, architecture.name)
+    recipe_facts = RecipeFacts(
+        facts.layers, facts.experts, facts.heads, facts.kv_heads, tied, architecture.name, imatrix=imatrix is not None
+    )
     tensors, rule_warnings = _choose(described.mapped, file_type, recipe_facts, request)
+    rule_warnings += check_importance(tensors, file_type, imatrix)
     try:
         keys = _keys(described, file_type, by_quantizer)
         keys, key_warnings = apply_overrides(keys, request.override_kv, architecture.name, facts.vocabulary)
+        keys |= imatrix.keys() if imatrix and by_quantizer else {}
         files = lay_out(tensors, keys, request.splitting, by_converter=not by_quantizer)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error) as error:
         raise GgufMoeError(
@@ -166,10 +178,11 @@ def _plan_from_checkpoint(described: _Described, file_type: FileType | None, req
         _default_name(keys, described.mapped, request, file_type),
         (*facts.notes, *described.vocabulary.notes, *described.metadata_warnings, *key_warnings, *rule_warnings),
         _overridden(request),
+        (imatrix.path,) if imatrix else (),
     )
 
 
-def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> Plan:
+def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request, imatrix: Imatrix | None) -> Plan:
     asked = {"--pre": request.pre, "--chat-template": request.chat_template, "--metadata": request.metadata}
     for option, value in asked.items():
         if value is not None:
@@ -186,13 +199,15 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> 
     keys, key_warnings = apply_overrides(keys, request.override_kv, model_keys.architecture, vocabulary)
     model_keys = ModelKeys(model.path, keys)
     experts = expert_count(model_keys)
-    mapped = map_gguf(model, experts)
-    facts = recipe_facts(model_keys, mapped, experts)
+    mapped = _weighed(map_gguf(model, experts), imatrix)
+    facts = replace(recipe_facts(model_keys, mapped, experts), imatrix=imatrix is not None)
     check_vocabulary(model_keys, mapped)
     if facts.architecture == "falcon" and file_type.quantized and file_type.default != KEPT:
         raise GgufMoeError(f"{model.path}: llama.cpp has types of its own for falcon, which gguf-moe does not know")
     tensors, rule_warnings = _choose(mapped, file_type, facts, request, keep=True)
-    _check_decoding(tensors, request)
+    check_decoding(tensors, request)
+    rule_warnings += check_importance(tensors, file_type, imatrix)
+    keys |= imatrix.keys() if imatrix and by_quantizer else {}
     return Plan(
         model.path,
         file_type,
@@ -202,7 +217,7 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request) -> 
         _default_name(keys, mapped, request, file_type, model.stem),
         (*key_warnings, *rule_warnings),
         _overridden(request),
-        tuple(file.path for file in model.files),
+        (*(file.path for file in model.files), *((imatrix.path,) if imatrix else ())),
     )
 
 
@@ -252,52 +267,15 @@ def _choose(
         columns, shape = tensor.shape[-1], tensor.shape
         choice = chooser.choose(tensor.name, tensor.role, tensor.layer, columns, tensor.slabs[0].source.type)
         if file_type.default == KEPT:
-            _check_one_type(tensor)
+            check_one_type(tensor)
         while by_quantizer and len(shape) > 1 and shape[0] == 1:  # the quantizer writes no outer 1s
             shape = shape[1:]
         nbytes = tensor.elements // columns * TENSOR_TYPES[choice.type].row_bytes(columns)
         tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, shape, nbytes, 0)))
     warnings = chooser.check()
     if request.strict:
-        _refuse_fallbacks(tensors)
-    return tensors, warnings + _fallback_warning(tensors)
-
-
-def _refuse_fallbacks(tensors: Sequence[TensorPlan]) -> None:
-    fallen = [t for t in tensors if t.choice.fell_back]
-    if fallen:
-        first, more = fallen[0], f" (and {len(fallen) - 1} more)" if len(fallen) > 1 else ""
-        wanted, block = first.choice.wanted, FORMATS[first.choice.wanted].block_length
-        raise GgufMoeError(
-            f"--strict: {first.info.name}{more} has rows of {first.info.shape[-1]} weights, which {wanted}'s block of "
-            f"{block} does not divide; it would fall back to {first.choice.type}"
-        )
-
-
-def _check_one_type(tensor: mapping.MappedTensor) -> None:
-    """Refuse to keep the types of experts that are to be one tensor where they differ."""
-    types = sorted({slab.source.type for slab in tensor.slabs})
-    if len(types) > 1:
-        raise GgufMoeError(
-            f"{tensor.slabs[0].source.file}: the experts of {tensor.name} are {' and '.join(types)}; give --bits or "
-            "--quant to make them one type"
-        )
-
-
-def _check_decoding(tensors: Sequence[TensorPlan], request: Request) -> None:
-    """Refuse to decode what is in blocks already, unless asked for, and what cannot be decoded."""
-    for tensor in tensors:
-        for source in (slab.source for slab in tensor.mapped.slabs):
-            if source.stored in (None, tensor.info.type):
-                continue
-            where = f"{source.file}: tensor {source.name} is {source.stored}"
-            if source.stored not in FORMATS:
-                raise GgufMoeError(f"{where}, which gguf-moe cannot decode to {tensor.info.type}; convert the original")
-            if not request.allow_requantize:
-                raise GgufMoeError(
-                    f"{where}, so quantized already; as {tensor.info.type} it would be worse than from the original: "
-                    "convert that, or give --allow-requantize"
-                )
+        refuse_fallbacks(tensors)
+    return tensors, warnings + fallback_warning(tensors)
 
 
 def _keys(described: _Described, file_type: FileType, by_quantizer: bool) -> dict[str, Any]:
@@ -320,20 +298,3 @@ def _keys(described: _Described, file_type: FileType, by_quantizer: bool) -> dic
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
         writer.add_file_type(file_type.id)
     return dict(keys)
-
-
-def _fallback_warning(tensors: Sequence[TensorPlan]) -> list[str]:
-    """One line on all tensors whose rows the wanted type's block does not divide."""
-    fallen = [t for t in tensors if t.choice.fell_back]
-    if not fallen:
-        return []
-    elements = sum(t.mapped.elements for t in tensors)
-    nominal = sum(t.mapped.elements * TENSOR_TYPES[t.choice.wanted].bits_per_weight for t in tensors) / elements
-    effective = 8 * sum(t.info.nbytes for t in tensors) / elements
-    changes = Counter(f"{t.choice.wanted} to {t.choice.type}" for t in fallen)
-    listed = ", ".join(f"{change} ({count})" for change, count in changes.items())
-    widths = ", ".join(str(w) for w in sorted({t.mapped.shape[-1] for t in fallen}))
-    return [
-        f"{len(fallen)} tensors have rows of {widths} weights, which their type's block does not divide, and fall "
-        f"back as in llama.cpp: {listed}; {effective:.2f} instead of {nominal:.2f} bits per weight"
-    ]

@@ -1,7 +1,6 @@
 """Which type each tensor gets: llama.cpp's file types as tables and one pure function.
 
-The rules are those of `llama_tensor_get_type` in llama.cpp's quantizer, for all architectures but falcon, and without
-an importance matrix.
+The rules are those of `llama_tensor_get_type` in llama.cpp's quantizer, for all architectures but falcon.
 """
 
 from __future__ import annotations
@@ -75,7 +74,8 @@ FALLBACKS = {"Q2_K": "Q4_0", "Q3_K": "Q4_0", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6
 @dataclass(frozen=True)
 class RecipeFacts:
     """What the rules ask of a model: its layers, experts and heads (of the first layer), whether embeddings are tied,
-    its architecture, and how many attn_v tensors it has where that is not one a layer."""
+    its architecture, how many attn_v tensors it has where that is not one a layer; and whether there is an importance
+    matrix."""
 
     layers: int
     experts: int
@@ -84,6 +84,7 @@ class RecipeFacts:
     tied: bool
     architecture: str = "llama"
     attn_v: int | None = None
+    imatrix: bool = False
 
     @property
     def seventy(self) -> bool:
@@ -186,8 +187,6 @@ def find_file_type(name: str) -> FileType:
     upper = name.upper()
     if (file_type := FILE_TYPES.get(ALIASES.get(upper, upper))) is None:
         raise UsageError(f"unknown quant {name!r}, expected one of {', '.join(FILE_TYPES)}")
-    if file_type.name == "Q2_K_S":
-        raise UsageError("Q2_K_S needs an importance matrix, which gguf-moe cannot take yet: choose Q2_K")
     return file_type
 
 
@@ -226,7 +225,7 @@ def _mixture(file_type: FileType, role: str, index: int, columns: int, facts: Re
         eight, other = _ATTN_OUTPUT.get(file_type.name, (None, None))
         return eight if facts.experts == 8 else other
     if role == "ffn_down":
-        return _ffn_down(file_type, index, facts.layers)
+        return _ffn_down(file_type, index, facts)
     return None
 
 
@@ -270,18 +269,21 @@ def _attn_v(file_type: FileType, index: int, facts: RecipeFacts) -> str | None:
     return "Q8_0" if facts.experts == 8 else wanted
 
 
-def _ffn_down(file_type: FileType, index: int, layers: int) -> str | None:
-    name = file_type.name
+def _ffn_down(file_type: FileType, index: int, facts: RecipeFacts) -> str | None:
+    name, layers = file_type.name, facts.layers
+    first_eighth = index < layers // 8
     if name == "Q2_K":
         return "Q3_K"
     if name == "Q2_K_S":
-        return "Q4_K" if index < layers // 8 else None
+        return "Q4_K" if first_eighth else None
     if name == "Q3_K_M":
         return "Q5_K" if index < layers // 16 else "Q4_K"
     if name == "Q3_K_L":
         return "Q5_K"
     if name in ("Q4_K_M", "Q5_K_M"):
         return "Q6_K" if _more_bits(index, layers) else None
-    if name in ("Q4_K_S", "IQ4_NL", "IQ4_XS"):
-        return "Q5_K" if index < layers // 8 else None
+    if name == "Q4_K_S" or (name in ("IQ4_NL", "IQ4_XS") and not facts.imatrix):
+        return "Q5_K" if first_eighth else None
+    if name in ("Q4_0", "Q5_0") and facts.imatrix:
+        return f"{name[:-1]}1" if first_eighth else None
     return None

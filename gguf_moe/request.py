@@ -23,4 +23,5 @@ class Request:
     name: str | None = None
     size_label: str | None = None
     allow_requantize: bool = False
+    imatrix: Path | None = None  # importance matrix
     splitting: Splitting | None = None  # into shards

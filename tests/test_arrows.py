@@ -31,8 +31,10 @@ ALLOWED = {
     "pool": "",
     "encoding": "checkpoint errors mapping",
     "duplicates": "mapping plan",
-    "plan": "arch checkpoint errors gguf_file gguf_keys gguf_reader gguf_source layout mapping metadata naming "
-    "overrides recipe request rules tokenizer",
+    "plan": "arch checkpoint errors gguf_file gguf_keys gguf_reader gguf_source imatrix layout mapping "
+    "metadata naming overrides plan_checks recipe request rules tokenizer",
+    "plan_checks": "errors gguf_reader imatrix layout mapping recipe request",
+    "imatrix": "checkpoint errors gguf_reader mapping",
     "layout": "gguf_file gguf_reader mapping recipe sharding",
     "sharding": "errors gguf_file",
     "gguf_keys": "arch errors mapping recipe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -36,6 +37,13 @@ IQ4_NL | IQ4_NL:189 Q5_K:36 Q6_K:1 | IQ4_NL:125 Q5_K:36 Q6_K:1 Q8_0:64 | IQ4_NL:
 IQ4_XS | IQ4_XS:189 Q5_K:36 Q6_K:1 | IQ4_XS:125 Q5_K:36 Q6_K:1 Q8_0:64 | IQ4_XS:220 Q5_K:4 Q6_K:1 | IQ4_XS:471 Q5_K:90 Q6_K:1
 Q8_0   | Q8_0:226 | Q8_0:226 | Q8_0:225 | Q8_0:562
 """.strip().splitlines()  # noqa: E501
+# The same with an importance matrix, where that makes a difference.
+WEIGHED = """
+Q4_0   | Q4_0:221 Q4_1:4 Q6_K:1 | Q4_0:157 Q4_1:4 Q6_K:1 Q8_0:64 | Q4_0:220 Q4_1:4 Q6_K:1 | Q4_0:551 Q4_1:10 Q6_K:1
+Q5_0   | Q5_0:221 Q5_1:4 Q6_K:1 | Q5_0:157 Q5_1:4 Q6_K:1 Q8_0:64 | Q5_0:220 Q5_1:4 Q6_K:1 | Q5_0:551 Q5_1:10 Q6_K:1
+IQ4_NL | IQ4_NL:193 Q5_K:32 Q6_K:1 | IQ4_NL:129 Q5_K:32 Q6_K:1 Q8_0:64 | IQ4_NL:224 Q6_K:1 | IQ4_NL:481 Q5_K:80 Q6_K:1
+IQ4_XS | IQ4_XS:193 Q5_K:32 Q6_K:1 | IQ4_XS:129 Q5_K:32 Q6_K:1 Q8_0:64 | IQ4_XS:224 Q6_K:1 | IQ4_XS:481 Q5_K:80 Q6_K:1
+""".strip().splitlines()
 PER_LAYER = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 
 
@@ -46,13 +54,24 @@ def counts(quant: str, facts: RecipeFacts) -> Counter[str]:
     return Counter(choose_type(file_type, role, layer, 4096, facts).type for role, layer in roles)
 
 
-@pytest.mark.parametrize("line", COUNTS, ids=lambda line: line.split()[0])
-def test_counts_are_llama_cpps(line: str) -> None:
+def check_counts(line: str, imatrix: bool) -> None:
     quant, *cells = (cell.strip() for cell in line.split("|"))
     assert len(cells) == len(SHAPES)
     for facts, cell in zip(SHAPES.values(), cells):
         want = {name: int(count) for name, count in (item.split(":") for item in cell.split())}
-        assert counts(quant, facts) == want
+        assert counts(quant, replace(facts, imatrix=imatrix)) == want
+
+
+@pytest.mark.parametrize("line", COUNTS, ids=lambda line: line.split()[0])
+def test_counts_are_llama_cpps(line: str) -> None:
+    check_counts(line, imatrix=False)
+    if line.split()[0] not in {weighed.split()[0] for weighed in WEIGHED}:
+        check_counts(line, imatrix=True)
+
+
+@pytest.mark.parametrize("line", WEIGHED, ids=lambda line: line.split()[0])
+def test_counts_with_an_importance_matrix_are_llama_cpps(line: str) -> None:
+    check_counts(line, imatrix=True)
 
 
 def test_all_quantized_file_types_are_in_the_table() -> None:
@@ -86,8 +105,3 @@ def test_names_in_any_case_aliases_and_bits() -> None:
 def test_unknown_name_lists_the_known() -> None:
     with pytest.raises(UsageError, match=r"unknown quant 'Q9', expected one of Q2_K, .*F32"):
         find_file_type("Q9")
-
-
-def test_q2_k_s_waits_for_importance() -> None:
-    with pytest.raises(UsageError, match="Q2_K_S needs an importance matrix"):
-        find_file_type("Q2_K_S")

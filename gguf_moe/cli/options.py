@@ -45,6 +45,11 @@ def request_options(command: Callable) -> Callable:
         click.option("--chat-template", metavar="FILE|none", help="A chat template in place of the model's, or none."),
         click.option("--override-kv", multiple=True, metavar="KEY=TYPE:VALUE", help="Set a key."),
         click.option("--metadata", type=click.Path(path_type=Path), help="JSON file of general.* keys."),
+        click.option(
+            "--imatrix",
+            type=click.Path(path_type=Path),
+            help="Importance matrix, GGUF or .dat, to weigh columns.",
+        ),
         click.option("--name", help="general.name, and the default file name's first part."),
         click.option("--size-label", metavar="LABEL", help="general.size_label, as 4x7B."),
         click.option(
