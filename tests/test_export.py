@@ -57,9 +57,9 @@ def test_each_encoding_is_made_once(weights: int, tmp_path: Path, monkeypatch: p
     encoded: Counter[str] = Counter()
     quantize = quant.quantize
 
-    def count(rows, kind, **options):
+    def count(rows, kind, *importance, **options):
         encoded[kind] += rows.size
-        return quantize(rows, kind, **options)
+        return quantize(rows, kind, *importance, **options)
 
     monkeypatch.setattr(quant, "quantize", count)
     export(plans, tmp_path, recipe={})
