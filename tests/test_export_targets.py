@@ -42,6 +42,24 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     assert path.read_text() == "mine"
 
 
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_link_of_the_partial_names_is_not_written_through(link: Callable, want, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    (tmp_path / "out").mkdir()
+    link(kept, tmp_path / "out" / f"{MERGE.name}-Q2_K.gguf.partial")
+    export(plans_of(MERGE, ("Q2_K",)), tmp_path / "out", recipe={})
+    assert kept.read_text() == "mine"
+    assert digests(tmp_path / "out") == want(("Q2_K",))
+
+
+def test_a_list_of_checksums_that_is_none_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text("mine")
+    with pytest.raises(GgufMoeError, match="SHA256SUMS: line 1 is 'mine'"):
+        export(plans_of(MERGE, ("Q2_K",)), tmp_path, recipe={})
+    assert [path.name for path in tmp_path.iterdir()] == ["SHA256SUMS"]
+
+
 def test_a_second_export_into_one_folder_is_told_so(run, want, tmp_path: Path) -> None:
     with filelock.FileLock(tmp_path / LOCK):
         result = run("export", MERGE, "-o", tmp_path, "--quant", "Q2_K")

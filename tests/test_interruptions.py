@@ -6,41 +6,28 @@ import hashlib
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from checkpoints import MERGE
-from exports import copy, digests, flip, found, interrupt, plans_of
+from exports import copy, die, digests, flip, found, in_a_child, interrupt, plans_of
 
 import quant
 from gguf_moe import export as export_module
 from gguf_moe import partial
+from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.export import LADDER, Event, export
 from gguf_moe.filling import Progress
 from gguf_moe.partial import PartialFile
+from gguf_moe.plan import make_plans
+from gguf_moe.recipe import find_file_type
+from gguf_moe.request import Request
+from gguf_moe.rules import parse_rules
 
 MIXED = ("Q4_K_M", "BF16")  # of two orders of tensors
-
-
-def in_a_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked child; its exit status as `waitpid` gives it."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
-
-
-def die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
@@ -75,7 +62,7 @@ def test_a_kill_at_every_journal_write(after: bool, want, tmp_path: Path, monkey
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step", ["rename", "sync_directory", "write_manifest", "write_sums", "fsync"])
+@pytest.mark.parametrize("step", ["rename", "link", "sync_directory", "write_manifest", "write_sums", "fsync"])
 def test_a_kill_while_a_level_is_finished(step: str, after: bool, want, tmp_path: Path, monkeypatch) -> None:
     """Files have their names, but manifest, checksums or journals do not say so yet: nothing is made again."""
     plans = plans_of(MERGE, MIXED)
@@ -141,6 +128,16 @@ def test_another_set_of_levels_takes_up_what_it_shares(want, tmp_path: Path) -> 
     states = found(plans_of(MERGE, ("Q8_0", "Q6_K")), tmp_path)
     assert {name: event.state for name, event in states.items()} == {"Q8_0": "resumed"}
     assert digests(tmp_path) == want(("Q8_0", "Q6_K"))
+
+
+def test_a_run_of_another_recipe_leaves_what_was_begun(run, tmp_path: Path) -> None:
+    """The finished file of the first recipe is complete beside the second one's partial file."""
+    first, second = (("--quant", "Q2_K"), ("--quant", "Q2_K", "--tensor-type", "attn_q=Q8_0"))
+    run("export", MERGE, "-o", tmp_path, *first)
+    rules = parse_rules(("attn_q=Q8_0",), None, None, None, False, False)
+    interrupt(make_plans(open_checkpoint(MERGE), [find_file_type("Q2_K")], Request(rules)), tmp_path, 0.5)
+    assert f"{MERGE.name}-Q2_K.gguf is complete" in run("export", MERGE, "-o", tmp_path, *first).stdout
+    assert f"{MERGE.name}-Q2_K.gguf goes on at" in run("export", MERGE, "-o", tmp_path, *second).stdout
 
 
 @pytest.mark.parametrize("where", [10, 1000, 300_000])
