@@ -70,6 +70,8 @@ def export(
     the manifest names is replaced when it is outdated; any other only with `force`. Raises GgufMoeError for a target
     that cannot be written or that another run writes to, for a source that changes meanwhile, and as `fill` does.
     """
+    if directory.exists() and not directory.is_dir():
+        raise GgufMoeError(f"{directory}: is a file, expected a directory for the levels; name another with --output")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory):
@@ -107,7 +109,10 @@ class _Run:
         self.started = time.monotonic()
         self.source = source_state(plans[0])
         read_sums(directory)  # what cannot be read cannot be added to: better now than when a level is finished
-        before = read_manifest(directory)
+        try:
+            before = read_manifest(directory)
+        except GgufMoeError as error:
+            raise GgufMoeError(f"{error}; mend it or move it away") from None
         levels = before.levels if before else ()
         self.known = {file.name: file for level in levels for file in level.files}
         self.levels = {level.files[0].name: level for level in levels if all(map(self._is_there, level.files))}
@@ -199,7 +204,8 @@ class _Run:
         source = self.plans[0].directory.resolve().name
         manifest = Manifest(source, self.recipe, tuple(self.levels[name] for name in names))
         write_manifest(self.directory, manifest)
-        write_sums(self.directory, {file.name: file.sha256 for level in manifest.levels for file in level.files})
+        gone = [name for name in self.known if not (self.directory / name).exists()]
+        write_sums(self.directory, {file.name: file.sha256 for level in manifest.levels for file in level.files}, gone)
         return manifest
 
     def _is_there(self, file: ExportedFile) -> bool:
@@ -222,7 +228,10 @@ def is_unchanged(path: Path, entry: ExportedFile) -> bool:
 def source_state(plan: Plan) -> str:
     """What tells a source from itself after a change: name, size and date of its files."""
     files = sorted({slab.source.file for tensor in plan.tensors for slab in tensor.mapped.slabs})
-    return "\n".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+    try:
+        return "\n".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+    except OSError as error:
+        raise GgufMoeError(f"{plan.directory}: changed since it was opened: {error}") from None
 
 
 def fingerprint(planned: PlannedFile, source: str) -> str:

@@ -228,6 +228,24 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> No
     assert found(plans_of(merge, ("Q8_0",)), tmp_path / "out")["Q8_0"].state == "anew"
 
 
+@pytest.mark.parametrize("share", [-1, 0.95])
+def test_a_source_that_disappears_is_named(share: float, tmp_path: Path) -> None:
+    """Before the first byte, and when all of it was read."""
+    merge = copy(tmp_path)
+    plans = plans_of(merge, ("Q8_0",))
+    lost = merge / "model-00002-of-00006.safetensors"
+
+    def lose(event: Event | None = None) -> None:
+        if event is None or (isinstance(event, Progress) and event.done >= share * event.total):
+            lost.unlink(missing_ok=True)
+
+    if share < 0:
+        lose()
+    with pytest.raises(GgufMoeError, match=f"^{merge}.*changed since it was opened.*{lost.name}"):
+        export(plans, tmp_path / "out", recipe={}, on_event=lose)
+    assert digests(tmp_path / "out") == {}
+
+
 def test_a_changed_recipe_is_begun_anew(run, tmp_path: Path) -> None:
     interrupt(plans_of(MERGE, ("Q2_K",)), tmp_path, 0.5)
     options = ("--quant", "Q2_K", "--tensor-type", "attn_q=Q8_0")
