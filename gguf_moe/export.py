@@ -19,7 +19,6 @@ from gguf_moe.convert import check_file
 from gguf_moe.duplicates import Place
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.filling import Progress, fill
-from gguf_moe.gguf_file import sync_directory
 from gguf_moe.layout import PlannedFile
 from gguf_moe.manifest import ExportedFile, Level, Manifest, read_manifest, write_manifest
 from gguf_moe.partial import OUTDATED, PartialFile, hash_file
@@ -185,7 +184,6 @@ class _Run:
         self._check_source()
         for partial in reversed(partials):  # the first shard, by which the others are found, last
             partial.publish()
-        sync_directory(self.directory)
         seconds = time.monotonic() - self.started
         made = {partial.path.name: _exported(partial) for partial in partials}
         names = [planned.path(Path(plan.default_name)).name for planned in plan.files]

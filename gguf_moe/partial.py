@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gguf_moe.errors import GgufMoeError
-from gguf_moe.gguf_file import rename
+from gguf_moe.gguf_file import rename, sync_directory
 from gguf_moe.gguf_reader import read_gguf
 from gguf_moe.layout import PlannedFile
 
@@ -106,6 +106,7 @@ class PartialFile:
         """Give the file, which is whole, its name, if an earlier run did not."""
         if not self._renamed:
             rename(self.partial, self.path, self.replace)
+            sync_directory(self.path.parent)
 
     def close(self) -> None:
         """Let go of the file; it and its journal stay for the next run."""
