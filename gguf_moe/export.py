@@ -128,6 +128,7 @@ class _Run:
                 stack.callback(partial.close)
                 partial.prepare()
                 self._tell(partial)
+                partial.mark()
             fill(
                 [partial for partial in partials if not partial.sha256],
                 quantizer_ordered=any(plan.by_quantizer for plan in self.plans),

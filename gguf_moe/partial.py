@@ -61,7 +61,7 @@ class PartialFile:
         return getattr(self.partial.stat(), "st_blocks", 0) * 512 if self.partial.exists() else 0
 
     def prepare(self) -> None:
-        """Take up what an earlier run left, or begin anew."""
+        """Take up what an earlier run left, or begin anew; then it wants a `mark`."""
         left = read_journal(self.journal)
         if left and left.fingerprint == self.fingerprint:
             if self._take_up(left):
@@ -73,12 +73,14 @@ class PartialFile:
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Put bytes at an offset; they are hashed as soon as all before them are there."""
+        whole = max(0, self._hashed - offset)  # of these, by an earlier run that was stopped between other bytes
+        data, offset = memoryview(data).cast("B")[whole:], offset + whole
+        end = offset + data.nbytes
         file = self._opened()
         file.seek(offset)
-        view = memoryview(data).cast("B")
-        while view:  # a raw file may take less than all
-            view = view[file.write(view) :]
-        end = offset + memoryview(data).nbytes
+        left = data
+        while left:  # a raw file may take less than all
+            left = left[file.write(left) :]
         if offset != self._hashed:
             self._waiting[offset] = end
             return
@@ -133,7 +135,6 @@ class PartialFile:
         self.journal.write_text(self.fingerprint + "\n")
         self.write(0, self.planned.header)
         self.done = len(self.planned.header)
-        self.mark()
 
     def _take_up(self, left: Journal) -> bool:
         """Whether the bytes that the journal calls whole are; then go on from there."""
@@ -148,13 +149,10 @@ class PartialFile:
             return False
         self._hash = hashed
         self.done = self._hashed = self._recorded = left.done
+        self._renamed = renamed
         if renamed:
-            self._renamed = True
             self.partial.unlink(missing_ok=True)
-            self._is_whole()
-            return True
         os.truncate(self.journal, left.length)
-        self._check_if_whole()
         return True
 
     def _flush_behind(self) -> None:
@@ -185,9 +183,15 @@ class PartialFile:
         self._recorded = self._hashed
 
     def _check_if_whole(self) -> None:
-        """Flush, reopen, and compare with the plan."""
+        """Say so when the last byte is there, flushed, reopened and compared with the plan."""
         if self.sha256 or self._hashed < self.planned.size:
             return
+        if not self._renamed:
+            self._check_against_plan()
+        self.sha256 = self._hash.hexdigest()
+        self._on_whole()
+
+    def _check_against_plan(self) -> None:
         self._await_flush()
         _sync(self.partial)
         self.close()
@@ -196,11 +200,6 @@ class PartialFile:
             raise GgufMoeError(
                 f"{self.partial}: is not what was written, {self.planned.size} bytes; is the disk sound?"
             )
-        self._is_whole()
-
-    def _is_whole(self) -> None:
-        self.sha256 = self._hash.hexdigest()
-        self._on_whole()
 
 
 @dataclass(frozen=True)

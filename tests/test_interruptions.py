@@ -178,6 +178,30 @@ def test_a_damaged_journal_costs_work_but_no_bytes(damage, want, tmp_path: Path)
     assert digests(tmp_path) == want(("Q2_K",))
 
 
+def test_a_journal_that_ends_within_a_matrix(want, tmp_path: Path) -> None:
+    """As a version that divides the work otherwise might leave it: the rest of the matrix is made."""
+    plans = plans_of(MERGE, ("Q2_K", "BF16"))
+    interrupt(plans, tmp_path, 0.5)
+    for journal in tmp_path.glob("*.journal"):
+        first, *_, last, _ = journal.read_text().split("\n")
+        done = int(last.split()[0]) - 1000
+        digest = hashlib.sha256(journal.with_suffix(".partial").read_bytes()[:done]).hexdigest()
+        journal.write_text(f"{first}\n{done} {digest}\n")
+    assert {event.state for event in found(plans, tmp_path).values()} == {"resumed"}
+    assert digests(tmp_path) == want(("Q2_K", "BF16"))
+
+
+def test_what_was_found_is_told_before_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plans_of(MERGE, ("Q2_K",))
+    monkeypatch.setattr(export_module, "write_manifest", lambda *_: os.stat(tmp_path / "nothing"))
+    with pytest.raises(GgufMoeError):
+        export(plans, tmp_path, recipe={})
+    monkeypatch.undo()
+    events: list[Event] = []
+    export(plans, tmp_path, recipe={}, on_event=events.append)
+    assert [type(event).__name__ for event in events] == ["Found", "Finished"]
+
+
 def test_a_torn_last_line_of_the_journal_counts_not(want, tmp_path: Path) -> None:
     plans = plans_of(MERGE, ("Q2_K",))
     interrupt(plans, tmp_path, 0.5)
