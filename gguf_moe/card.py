@@ -20,7 +20,7 @@ from gguf_moe import card_body as body
 from gguf_moe.donors import expert_donors
 from gguf_moe.errors import UsageError
 from gguf_moe.gguf_file import write_whole
-from gguf_moe.manifest import Manifest
+from gguf_moe.manifest import Level, Manifest
 from gguf_moe.metadata import check_unfolded, read_card
 from gguf_moe.naming import is_repo_id
 from gguf_moe.plan import Plan
@@ -141,11 +141,13 @@ def _sections(
 ) -> tuple[tuple[str, str], list[str]]:
     """The heading, and all below a person's own text at the top; and warnings."""
     values = {key: item.value for key, item in plan.keys.items()}
-    levels = sorted(manifest.levels, key=lambda level: level.size)
     stem = plan.default_name.removesuffix(".gguf").removesuffix(plan.file_type.name)
+    levels = sorted((level for level in manifest.levels if _is_of(stem, level)), key=lambda level: level.size)
+    others = [level.files[0].name for level in manifest.levels if not _is_of(stem, level)]
     title = str(values.get(_General.NAME) or stem.rstrip("-."))
     stem = re.sub(r"[^A-Za-z0-9.]+", "-", stem).strip("-.") or "model"
     files, warnings = body.files_section(levels, report)
+    warnings += [f"{CARD}: leaves out {name}, which is not named {stem}..., so of another model" for name in others]
     donors = expert_donors(plan.directory) if plan.directory.is_dir() else []
     experts = body.model_number(values, gguf.Keys.LLM.EXPERT_COUNT)
     if donors and len(donors) != experts:
@@ -160,6 +162,12 @@ def _sections(
         body.making_section(manifest),
     ]
     return (f"# {body.escaped(title)} GGUF", "\n\n".join(part for part in sections if part)), warnings
+
+
+def _is_of(stem: str, level: Level) -> bool:
+    """Whether a level's files are named as this model's; of others in the folder the card knows nothing."""
+    name = re.escape(stem + level.quant)
+    return bool(re.fullmatch(rf"{name}(-\d{{5}}-of-\d{{5}})?\.gguf", level.files[0].name))
 
 
 def _front_matter(plan: Plan, quantized_by: str | None) -> tuple[dict[str, Any], list[str]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from gguf_moe.errors import GgufMoeError
@@ -37,12 +37,15 @@ def read_sums(directory: Path) -> dict[str, str]:
     return sums
 
 
-def write_sums(directory: Path, sums: Mapping[str, str]) -> None:
-    """Put hashes into the list, in place of what it has of the same files; other files' lines stay. Sorted by name.
+def write_sums(directory: Path, sums: Mapping[str, str], gone: Iterable[str] = ()) -> None:
+    """Put hashes into the list, in place of what it has of the same files, and take out the files that are gone; other
+    files' lines stay. Sorted by name.
 
     The list is replaced as a whole, or not at all. Raises GgufMoeError as `read_sums` does, and for a failing disk.
     """
     merged = {**read_sums(directory), **sums}
+    for name in gone:
+        merged.pop(name, None)
     text = "".join(_line(name, merged[name]) for name in sorted(merged))
     write_whole(directory / LIST, os.fsencode(text))
 

@@ -14,14 +14,14 @@ from typing import Any
 import filelock
 
 from gguf_moe import __version__
-from gguf_moe.checksums import write_sums
+from gguf_moe.checksums import read_sums, write_sums
 from gguf_moe.convert import check_file
 from gguf_moe.duplicates import Place
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.filling import Progress, fill
 from gguf_moe.layout import PlannedFile
 from gguf_moe.manifest import ExportedFile, Level, Manifest, read_manifest, write_manifest
-from gguf_moe.partial import OUTDATED, PartialFile, hash_file, journal_of
+from gguf_moe.partial import OUTDATED, PartialFile, hash_file
 from gguf_moe.plan import Plan
 
 LADDER = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0")
@@ -69,6 +69,8 @@ def export(
     the manifest names is replaced when it is outdated; any other only with `force`. Raises GgufMoeError for a target
     that cannot be written or that another run writes to, for a source that changes meanwhile, and as `fill` does.
     """
+    if directory.exists() and not directory.is_dir():
+        raise GgufMoeError(f"{directory}: is a file, expected a directory for the levels; name another with --output")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory):
@@ -105,20 +107,28 @@ class _Run:
         self.plans, self.directory, self.recipe, self.force, self.on_event = plans, directory, recipe, force, on_event
         self.started = time.monotonic()
         self.source = source_state(plans[0])
-        before = read_manifest(directory)
+        read_sums(directory)  # what cannot be read cannot be added to: better now than when a level is finished
+        try:
+            before = read_manifest(directory)
+        except GgufMoeError as error:
+            raise GgufMoeError(f"{error}; mend it or move it away") from None
         levels = before.levels if before else ()
         self.known = {file.name: file for level in levels for file in level.files}
         self.levels = {level.files[0].name: level for level in levels if all(map(self._is_there, level.files))}
-        self.whole: dict[str, ExportedFile] = {}  # of this run's plans, by name
+        self.kept: dict[str, ExportedFile] = {}  # of this run's plans, by name
+        self.partials: dict[str, list[PartialFile]] = {}  # still to be made, by default name of the plan
 
     def run(self, threads: int | None, twins: Mapping[Place, Place] | None) -> Manifest:
-        partials = [partial for plan in self.plans for partial in self._partials(plan)]
+        for plan in self.plans:
+            self.partials[plan.default_name] = list(self._partials(plan))
+        partials = [partial for group in self.partials.values() for partial in group]
         self._check_space(partials)
         with ExitStack() as stack:
             for partial in partials:
                 stack.callback(partial.close)
                 partial.prepare()
                 self._tell(partial)
+                partial.mark()
             fill(
                 [partial for partial in partials if not partial.sha256],
                 quantizer_ordered=any(plan.by_quantizer for plan in self.plans),
@@ -133,18 +143,15 @@ class _Run:
         for planned in plan.files:
             path = planned.path(self.directory / plan.default_name)
             partial = PartialFile(
-                planned,
-                path,
-                fingerprint(planned, self.source),
-                check_source=self._check_source,
-                on_published=lambda partial: self._published(plan, partial),
+                planned, path, fingerprint(planned, self.source), lambda: self._publish_if_whole(plan)
             )
             entry = self.known.get(path.name)
             partial.replace = self.force or entry is not None or partial.is_renamed()
             check_file(plan, path, force=partial.replace)
             if entry and entry.fingerprint == partial.fingerprint and is_unchanged(path, entry):
-                self.whole[path.name] = entry
-                partial.journal.unlink(missing_ok=True)  # of a run that was stopped just then
+                self.kept[path.name] = entry
+                if not partial.partial.exists():  # which would be of another recipe, and may be asked for again
+                    partial.journal.unlink(missing_ok=True)  # of a run that was stopped just then
                 self.on_event(Found(path.name, "complete", planned.size, planned.size))
             else:
                 yield partial
@@ -169,22 +176,24 @@ class _Run:
         if source_state(self.plans[0]) != self.source:
             raise GgufMoeError(f"{self.plans[0].directory}: changed while it was being read; run again to begin anew")
 
-    def _published(self, plan: Plan, partial: PartialFile) -> None:
-        """Take note of a file that has its name; of the level when it is the last of it."""
-        path = partial.path
-        self.whole[path.name] = ExportedFile(
-            path.name, partial.planned.size, partial.sha256, partial.fingerprint, path.stat().st_mtime_ns
-        )
-        paths = [planned.path(self.directory / plan.default_name) for planned in plan.files]
-        if not all(path.name in self.whole for path in paths):
+    def _publish_if_whole(self, plan: Plan) -> None:
+        """Give the files of a level their names when the last of them is whole, so that shards of two recipes do not
+        stand side by side; take note of the level."""
+        partials = self.partials[plan.default_name]
+        if not all(partial.sha256 for partial in reversed(partials)):
             return
+        self._check_source()
+        for partial in reversed(partials):  # the first shard, by which the others are found, last
+            partial.publish()
         seconds = time.monotonic() - self.started
-        files = tuple(self.whole[path.name] for path in paths)
+        made = {partial.path.name: _exported(partial) for partial in partials}
+        names = [planned.path(Path(plan.default_name)).name for planned in plan.files]
+        files = tuple(made[name] if name in made else self.kept[name] for name in names)
         level = Level(plan.file_type.name, files, plan.bits_per_weight, plan.types, seconds)
         self.levels[files[0].name] = level
         self._save()
-        for path in paths:
-            journal_of(path).unlink(missing_ok=True)
+        for partial in partials:
+            partial.journal.unlink(missing_ok=True)
         self.on_event(Finished(level))
 
     def _save(self) -> Manifest:
@@ -194,12 +203,18 @@ class _Run:
         source = self.plans[0].directory.resolve().name
         manifest = Manifest(source, self.recipe, tuple(self.levels[name] for name in names))
         write_manifest(self.directory, manifest)
-        write_sums(self.directory, {file.name: file.sha256 for level in manifest.levels for file in level.files})
+        gone = [name for name in self.known if not (self.directory / name).exists()]
+        write_sums(self.directory, {file.name: file.sha256 for level in manifest.levels for file in level.files}, gone)
         return manifest
 
     def _is_there(self, file: ExportedFile) -> bool:
         path = self.directory / file.name
         return path.is_file() and path.stat().st_size == file.size
+
+
+def _exported(partial: PartialFile) -> ExportedFile:
+    path, size = partial.path, partial.planned.size
+    return ExportedFile(path.name, size, partial.sha256, partial.fingerprint, path.stat().st_mtime_ns)
 
 
 def is_unchanged(path: Path, entry: ExportedFile) -> bool:
@@ -212,7 +227,10 @@ def is_unchanged(path: Path, entry: ExportedFile) -> bool:
 def source_state(plan: Plan) -> str:
     """What tells a source from itself after a change: name, size and date of its files."""
     files = sorted({slab.source.file for tensor in plan.tensors for slab in tensor.mapped.slabs} | set(plan.inputs))
-    return "\n".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+    try:
+        return "\n".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
+    except OSError as error:
+        raise GgufMoeError(f"{plan.directory}: changed since it was opened: {error}") from None
 
 
 def fingerprint(planned: PlannedFile, source: str) -> str:

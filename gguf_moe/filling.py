@@ -122,29 +122,28 @@ def _jobs(sinks: Sequence[Sink], twins: Mapping[Place, Place], quantizer_ordered
         for tensor in sink.planned.tensors:
             by_name[tensor.info.name].append((sink, tensor))
     jobs, total = [], 0
+    firsts = set(twins.values())
     starts: dict[tuple[int, Place | None, str], int] = {}  # by sink, place and type: a twin counts in the same type
     for name in sorted(by_name, key=quantizer_order) if quantizer_ordered else by_name:
         slabs = by_name[name][0][1].mapped.slabs
+        before = 0  # rows
         for number, slab in enumerate(slabs):
             total += slab.nbytes
             twin = twins.get((name, number))
             outputs = []
             for sink, tensor in by_name[name]:
-                start = _start(sink, tensor, number)
-                starts[id(sink), (name, number), tensor.info.type] = start
-                same = starts.get((id(sink), twin, tensor.info.type)) if tensor.searched else None
-                if sink.done < start + slab.rows * tensor.row_bytes:
+                row_bytes = tensor.row_bytes
+                start = len(sink.planned.header) + tensor.info.offset + before * row_bytes
+                if (name, number) in firsts:
+                    starts[id(sink), (name, number), tensor.info.type] = start
+                same = starts.get((id(sink), twin, tensor.info.type)) if twin and tensor.searched else None
+                if sink.done < start + slab.rows * row_bytes:
                     outputs.append(_Output(sink, tensor, start, same))
             if outputs:
                 twin_slab = by_name[twin[0]][0][1].mapped.slabs[twin[1]] if twin else None
                 jobs.append(_Job(name, slab, twin_slab, slab is slabs[-1], tuple(outputs)))
+            before += slab.rows
     return jobs, total
-
-
-def _start(sink: Sink, tensor: TensorPlan, number: int) -> int:
-    """Offset of a slab from the start of its file."""
-    before = sum(slab.rows for slab in tensor.mapped.slabs[:number])
-    return len(sink.planned.header) + tensor.info.offset + before * tensor.row_bytes
 
 
 def _pieces(jobs: list[_Job]) -> Iterator[_Piece]:

@@ -28,25 +28,18 @@ _RECORD = re.compile(rb"(\d{1,20}) ([0-9a-f]{64})")
 
 
 class PartialFile:
-    """A sink for `fill` that survives its process; it publishes itself as `path` when the last byte is there.
+    """A sink for `fill` that survives its process, to be published as `path` when the last byte is there.
 
     done: bytes from the start that an earlier run left whole. anew: why an earlier run's file was thrown away, or "".
-    sha256: of the whole file, once it is published. replace: what has the name already.
+    sha256: of the whole file, once it is that. replace: what has the name already. on_whole: called when the disk has
+    the last byte, and what is there is what was planned.
     """
 
-    def __init__(
-        self,
-        planned: PlannedFile,
-        path: Path,
-        fingerprint: str,
-        *,
-        check_source: Callable[[], None],
-        on_published: Callable[[PartialFile], None],
-    ) -> None:
+    def __init__(self, planned: PlannedFile, path: Path, fingerprint: str, on_whole: Callable[[], None]) -> None:
         self.planned, self.path, self.fingerprint = planned, path, fingerprint
-        self.partial, self.journal = path.with_name(f"{path.name}.partial"), journal_of(path)
+        self.partial, self.journal = path.with_name(f"{path.name}.partial"), path.with_name(f"{path.name}.journal")
         self.done, self.anew, self.sha256, self.replace = 0, "", "", False
-        self._check_source, self._on_published = check_source, on_published
+        self._on_whole = on_whole
         self._hash = hashlib.sha256()
         self._hashed = self._recorded = 0  # bytes from the start
         self._waiting: dict[int, int] = {}  # written, but not yet hashed since something before is missing: start, end
@@ -54,35 +47,40 @@ class PartialFile:
         self._flusher: ThreadPoolExecutor | None = None
         self._flushing: Future[None] | None = None
         self._flushed = 0  # bytes from the start that the disk was given
+        self._renamed = False
 
     def is_renamed(self) -> bool:
         """Whether an earlier run gave the file its name and was stopped before it could say so elsewhere."""
         left = read_journal(self.journal)
-        return bool(left) and left.done == self.planned.size and self.path.is_file() and not self.partial.exists()
+        if left is None or not self.path.is_file() or left.done != self.path.stat().st_size:
+            return False
+        return not self.partial.exists() or self.partial.samefile(self.path)  # a hard link is how it gets its name
 
     def allocated(self) -> int:
         """Bytes on disk that an earlier run left, which this one needs no more."""
         return getattr(self.partial.stat(), "st_blocks", 0) * 512 if self.partial.exists() else 0
 
     def prepare(self) -> None:
-        """Take up what an earlier run left, or begin anew. A file that is whole already is published."""
+        """Take up what an earlier run left, or begin anew; then it wants a `mark`."""
         left = read_journal(self.journal)
         if left and left.fingerprint == self.fingerprint:
             if self._take_up(left):
                 return
             self.anew = "what is there is damaged"
-        elif self.partial.exists():
+        elif left or os.path.lexists(self.partial):
             self.anew = OUTDATED if left else "its journal is missing"
         self._begin()
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Put bytes at an offset; they are hashed as soon as all before them are there."""
+        whole = max(0, self._hashed - offset)  # of these, by an earlier run that was stopped between other bytes
+        data, offset = memoryview(data).cast("B")[whole:], offset + whole
+        end = offset + data.nbytes
         file = self._opened()
         file.seek(offset)
-        view = memoryview(data).cast("B")
-        while view:  # a raw file may take less than all
-            view = view[file.write(view) :]
-        end = offset + memoryview(data).nbytes
+        left = data
+        while left:  # a raw file may take less than all
+            left = left[file.write(left) :]
         if offset != self._hashed:
             self._waiting[offset] = end
             return
@@ -98,35 +96,45 @@ class PartialFile:
         return file.read(nbytes)
 
     def mark(self) -> None:
-        """Note in the journal how much is whole; publish the file when that is all of it."""
+        """Note in the journal how much is whole, and check the file when that is all of it."""
         if self._hashed > self._recorded:
             self._record()
         if self._hashed - self._flushed >= FLUSH_BYTES:
             self._flush_behind()
-        self._publish_if_whole()
+        self._close_file()
+        self._check_if_whole()
+
+    def publish(self) -> None:
+        """Give the file, which is whole, its name, if an earlier run did not."""
+        if not self._renamed:
+            rename(self.partial, self.path, self.replace)
+            sync_directory(self.path.parent)
 
     def close(self) -> None:
         """Let go of the file; it and its journal stay for the next run."""
         if self._flusher:
             self._flusher.shutdown()
-        if self._file:
-            self._file.close()
-            self._file = None
+        self._close_file()
 
     def _opened(self) -> BinaryIO:
-        """The file, opened when it is first needed: a ladder in shards has more than a process may hold open."""
+        """The file, open until the next mark: a ladder in shards has more than a process may hold open."""
         if self._file is None:
             self._file = self.partial.open("r+b", buffering=0)  # what the journal says must have left this process
         return self._file
 
+    def _close_file(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
+
     def _begin(self) -> None:
         self.journal.unlink(missing_ok=True)
-        with self.partial.open("wb") as file:
+        self.partial.unlink(missing_ok=True)  # what else its bytes belong to, by a link, is not ours to overwrite
+        with self.partial.open("xb") as file:
             file.truncate(self.planned.size)
         self.journal.write_text(self.fingerprint + "\n")
         self.write(0, self.planned.header)
         self.done = len(self.planned.header)
-        self.mark()
 
     def _take_up(self, left: Journal) -> bool:
         """Whether the bytes that the journal calls whole are; then go on from there."""
@@ -134,19 +142,17 @@ class PartialFile:
         file = self.path if renamed else self.partial
         if not len(self.planned.header) <= left.done <= self.planned.size or not file.exists():
             return False
-        if file.stat().st_size != self.planned.size:
+        if file.stat().st_size != self.planned.size or self.partial.is_symlink():
             return False
         hashed = hash_file(file, left.done)
         if hashed.hexdigest() != left.sha256:
             return False
         self._hash = hashed
         self.done = self._hashed = self._recorded = left.done
+        self._renamed = renamed
         if renamed:
-            self.sha256 = left.sha256
-            self._on_published(self)
-            return True
+            self.partial.unlink(missing_ok=True)
         os.truncate(self.journal, left.length)
-        self._publish_if_whole()
         return True
 
     def _flush_behind(self) -> None:
@@ -155,7 +161,7 @@ class PartialFile:
             return
         self._await_flush()
         self._flusher = self._flusher or ThreadPoolExecutor(1)
-        self._flushing = self._flusher.submit(os.fsync, self._opened().fileno())
+        self._flushing = self._flusher.submit(_sync, self.partial)
         self._flushed = self._hashed
 
     def _await_flush(self) -> None:
@@ -176,23 +182,24 @@ class PartialFile:
             file.write(f"{self._hashed} {self._hash.hexdigest()}\n".encode())
         self._recorded = self._hashed
 
-    def _publish_if_whole(self) -> None:
-        """Flush, reopen, check against the plan, and only then give the file its name."""
+    def _check_if_whole(self) -> None:
+        """Say so when the last byte is there, flushed, reopened and compared with the plan."""
         if self.sha256 or self._hashed < self.planned.size:
             return
-        self._check_source()
+        if not self._renamed:
+            self._check_against_plan()
+        self.sha256 = self._hash.hexdigest()
+        self._on_whole()
+
+    def _check_against_plan(self) -> None:
         self._await_flush()
-        os.fsync(self._opened().fileno())
+        _sync(self.partial)
         self.close()
         file = read_gguf(self.partial)
         if file.size != self.planned.size or file.tensors != tuple(tensor.info for tensor in self.planned.tensors):
             raise GgufMoeError(
                 f"{self.partial}: is not what was written, {self.planned.size} bytes; is the disk sound?"
             )
-        rename(self.partial, self.path, self.replace)
-        sync_directory(self.path.parent)
-        self.sha256 = self._hash.hexdigest()
-        self._on_published(self)
 
 
 @dataclass(frozen=True)
@@ -206,9 +213,10 @@ class Journal:
     length: int
 
 
-def journal_of(path: Path) -> Path:
-    """The journal of the file that will be called `path`."""
-    return path.with_name(f"{path.name}.journal")
+def _sync(path: Path) -> None:
+    """Wait until the disk has what was written to a file."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())
 
 
 def read_journal(path: Path) -> Journal | None:

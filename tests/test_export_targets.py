@@ -16,6 +16,7 @@ import pytest
 from checkpoints import MERGE
 from exports import digests, found, interrupt, plans_of, slow_export
 
+from gguf_moe.checksums import read_sums
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.export import LOCK, export
 from gguf_moe.partial import PartialFile
@@ -40,6 +41,57 @@ def test_a_file_that_appears_meanwhile_stays(tmp_path: Path) -> None:
     with pytest.raises(GgufMoeError, match="appeared while it was being written"):
         export(plans_of(MERGE, ("Q2_K",)), tmp_path, recipe={}, on_event=lambda event: path.write_text("mine"))
     assert path.read_text() == "mine"
+
+
+@pytest.mark.parametrize("link", [os.link, os.symlink])
+def test_a_link_of_the_partial_names_is_not_written_through(link: Callable, want, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.write_text("mine")
+    (tmp_path / "out").mkdir()
+    link(kept, tmp_path / "out" / f"{MERGE.name}-Q2_K.gguf.partial")
+    export(plans_of(MERGE, ("Q2_K",)), tmp_path / "out", recipe={})
+    assert kept.read_text() == "mine"
+    assert digests(tmp_path / "out") == want(("Q2_K",))
+
+
+def test_a_list_of_checksums_that_is_none_is_refused_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "SHA256SUMS").write_text("mine")
+    with pytest.raises(GgufMoeError, match="SHA256SUMS: line 1 is 'mine'"):
+        export(plans_of(MERGE, ("Q2_K",)), tmp_path, recipe={})
+    assert [path.name for path in tmp_path.iterdir()] == ["SHA256SUMS"]
+
+
+def test_a_file_in_place_of_the_folder(run, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    result = run("export", MERGE, "-o", tmp_path / "out", "--quant", "Q2_K")
+    assert result.exit_code == 1
+    assert "out: is a file, expected a directory for the levels; name another with --output" in result.stderr
+
+
+def test_a_manifest_of_somebody_else_stays(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(GgufMoeError, match="levels is missing, expected a list of objects; mend it or move it away"):
+        export(plans_of(MERGE, ("Q2_K",)), tmp_path, recipe={})
+    assert (tmp_path / "manifest.json").read_text() == "{}"
+
+
+def test_a_level_that_was_deleted_is_not_listed_any_more(run, tmp_path: Path) -> None:
+    run("export", MERGE, "-o", tmp_path, "--quant", "Q2_K", "--quant", "Q8_0")
+    sums = tmp_path / "SHA256SUMS"
+    sums.write_text(sums.read_text() + f"{'0' * 64}  somebody's\n")
+    next(tmp_path.glob("*Q8_0.gguf")).unlink()
+    run("export", MERGE, "-o", tmp_path, "--quant", "Q2_K")
+    assert list(read_sums(tmp_path)) == [f"{MERGE.name}-Q2_K.gguf", "somebody's"]
+
+
+def test_two_models_in_one_folder_are_not_mixed_up(run, tmp_path: Path) -> None:
+    run("export", MERGE, "-o", tmp_path, "--quant", "Q2_K", "--split-max-tensors", "30")
+    result = run("export", MERGE, "-o", tmp_path, "--quant", "Q8_0", "--quant", "Q2_K", "--name", "Another")
+    assert f"leaves out {MERGE.name}-Q2_K-00001-of-00002.gguf, which is not named Another-" in result.stderr
+    card = (tmp_path / "README.md").read_text()
+    assert MERGE.name not in card.partition("## How these files were made")[0]
+    assert card.count("[Another-") == 2
+    assert len(read_sums(tmp_path)) == 4
 
 
 def test_a_second_export_into_one_folder_is_told_so(run, want, tmp_path: Path) -> None:

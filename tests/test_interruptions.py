@@ -6,41 +6,28 @@ import hashlib
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from checkpoints import MERGE
-from exports import copy, digests, flip, found, interrupt, plans_of
+from exports import copy, die, digests, flip, found, in_a_child, interrupt, plans_of
 
 import quant
 from gguf_moe import export as export_module
 from gguf_moe import partial
+from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.export import LADDER, Event, export
 from gguf_moe.filling import Progress
 from gguf_moe.partial import PartialFile
+from gguf_moe.plan import make_plans
+from gguf_moe.recipe import find_file_type
+from gguf_moe.request import Request
+from gguf_moe.rules import parse_rules
 
 MIXED = ("Q4_K_M", "BF16")  # of two orders of tensors
-
-
-def in_a_child(work: Callable[[], object]) -> int:
-    """Run `work` in a forked child; its exit status as `waitpid` gives it."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-            os._exit(0)
-        except BaseException:
-            os._exit(1)
-    return os.waitpid(child, 0)[1]
-
-
-def die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
@@ -75,7 +62,7 @@ def test_a_kill_at_every_journal_write(after: bool, want, tmp_path: Path, monkey
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize("step", ["rename", "sync_directory", "write_manifest", "write_sums", "fsync"])
+@pytest.mark.parametrize("step", ["rename", "link", "sync_directory", "write_manifest", "write_sums", "fsync"])
 def test_a_kill_while_a_level_is_finished(step: str, after: bool, want, tmp_path: Path, monkeypatch) -> None:
     """Files have their names, but manifest, checksums or journals do not say so yet: nothing is made again."""
     plans = plans_of(MERGE, MIXED)
@@ -143,6 +130,16 @@ def test_another_set_of_levels_takes_up_what_it_shares(want, tmp_path: Path) -> 
     assert digests(tmp_path) == want(("Q8_0", "Q6_K"))
 
 
+def test_a_run_of_another_recipe_leaves_what_was_begun(run, tmp_path: Path) -> None:
+    """The finished file of the first recipe is complete beside the second one's partial file."""
+    first, second = (("--quant", "Q2_K"), ("--quant", "Q2_K", "--tensor-type", "attn_q=Q8_0"))
+    run("export", MERGE, "-o", tmp_path, *first)
+    rules = parse_rules(("attn_q=Q8_0",), None, None, None, False, False)
+    interrupt(make_plans(open_checkpoint(MERGE), [find_file_type("Q2_K")], Request(rules)), tmp_path, 0.5)
+    assert f"{MERGE.name}-Q2_K.gguf is complete" in run("export", MERGE, "-o", tmp_path, *first).stdout
+    assert f"{MERGE.name}-Q2_K.gguf goes on at" in run("export", MERGE, "-o", tmp_path, *second).stdout
+
+
 @pytest.mark.parametrize("where", [10, 1000, 300_000])
 def test_a_damaged_partial_file_is_begun_anew(where: int, want, tmp_path: Path) -> None:
     plans = plans_of(MERGE, ("Q2_K", "Q8_0"))
@@ -179,6 +176,30 @@ def test_a_damaged_journal_costs_work_but_no_bytes(damage, want, tmp_path: Path)
     damage(next(tmp_path.glob("*.journal")))
     assert found(plans, tmp_path)["Q2_K"].state == "anew"
     assert digests(tmp_path) == want(("Q2_K",))
+
+
+def test_a_journal_that_ends_within_a_matrix(want, tmp_path: Path) -> None:
+    """As a version that divides the work otherwise might leave it: the rest of the matrix is made."""
+    plans = plans_of(MERGE, ("Q2_K", "BF16"))
+    interrupt(plans, tmp_path, 0.5)
+    for journal in tmp_path.glob("*.journal"):
+        first, *_, last, _ = journal.read_text().split("\n")
+        done = int(last.split()[0]) - 1000
+        digest = hashlib.sha256(journal.with_suffix(".partial").read_bytes()[:done]).hexdigest()
+        journal.write_text(f"{first}\n{done} {digest}\n")
+    assert {event.state for event in found(plans, tmp_path).values()} == {"resumed"}
+    assert digests(tmp_path) == want(("Q2_K", "BF16"))
+
+
+def test_what_was_found_is_told_before_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = plans_of(MERGE, ("Q2_K",))
+    monkeypatch.setattr(export_module, "write_manifest", lambda *_: os.stat(tmp_path / "nothing"))
+    with pytest.raises(GgufMoeError):
+        export(plans, tmp_path, recipe={})
+    monkeypatch.undo()
+    events: list[Event] = []
+    export(plans, tmp_path, recipe={}, on_event=events.append)
+    assert [type(event).__name__ for event in events] == ["Found", "Finished"]
 
 
 def test_a_torn_last_line_of_the_journal_counts_not(want, tmp_path: Path) -> None:
@@ -229,6 +250,24 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path: Path) -> No
         export(plans, tmp_path / "out", recipe={}, on_event=change)
     assert not list((tmp_path / "out").glob("*.gguf"))
     assert found(plans_of(merge, ("Q8_0",)), tmp_path / "out")["Q8_0"].state == "anew"
+
+
+@pytest.mark.parametrize("share", [-1, 0.95])
+def test_a_source_that_disappears_is_named(share: float, tmp_path: Path) -> None:
+    """Before the first byte, and when all of it was read."""
+    merge = copy(tmp_path)
+    plans = plans_of(merge, ("Q8_0",))
+    lost = merge / "model-00002-of-00006.safetensors"
+
+    def lose(event: Event | None = None) -> None:
+        if event is None or (isinstance(event, Progress) and event.done >= share * event.total):
+            lost.unlink(missing_ok=True)
+
+    if share < 0:
+        lose()
+    with pytest.raises(GgufMoeError, match=f"^{merge}.*changed since it was opened.*{lost.name}"):
+        export(plans, tmp_path / "out", recipe={}, on_event=lose)
+    assert digests(tmp_path / "out") == {}
 
 
 def test_a_changed_recipe_is_begun_anew(run, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def export(
         raise
     warn(write_card(output, plans[0], manifest, quantized_by=quantized_by, repo=repo))
     if not as_json:
-        click.echo("\n".join([*duplicates.notes(), f"{len(plans)} levels are complete in {output}"]))
+        click.echo("\n".join([*duplicates.notes(), f"{_count(len(plans))} complete in {output}"]))
     files = [file.path(output / plan.default_name) for plan in plans for file in plan.files]
     if verify and not verify_files(files, None, as_json):
         context.exit(1)
@@ -120,6 +120,10 @@ class _Watcher:
 
     def _print_json(self, event: Event) -> None:
         click.echo(json.dumps({"event": type(event).__name__.lower(), **dataclasses.asdict(event)}))
+
+
+def _count(levels: int) -> str:
+    return "1 level is" if levels == 1 else f"{levels} levels are"
 
 
 def _found_line(found: Found) -> str:
