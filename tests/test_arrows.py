@@ -35,6 +35,7 @@ ALLOWED = {
     "metadata naming overrides plan_checks recipe request rules tokenizer",
     "plan_checks": "errors gguf_reader imatrix layout mapping recipe request",
     "imatrix": "checkpoint errors gguf_reader mapping",
+    "imatrix_file": "errors gguf_file gguf_reader imatrix",
     "layout": "gguf_file gguf_reader mapping recipe sharding",
     "sharding": "errors gguf_file",
     "gguf_keys": "arch errors mapping recipe",
