@@ -236,10 +236,15 @@ def making_section(manifest: Manifest) -> str:
     made_by = f"{program.get('name', 'gguf-moe')} {program.get('version', '')} ({versions})"
     parts = [
         "## How these files were made",
-        f"By {escaped(made_by)} from {escaped(manifest.source)}. Quantized tensors are byte for byte what llama.cpp's "
-        "converter and quantizer make of them. `manifest.json` has the details.",
+        f"By {escaped(made_by)} from {escaped(manifest.levels[0].source)}. Quantized tensors are byte for byte what "
+        "llama.cpp's converter and quantizer make of them. `manifest.json` has the details.",
     ]
-    if manifest.recipe:
-        parts += ["Asked for, beside the file types:", f"```json\n{json.dumps(manifest.recipe, indent=1)}\n```"]
+    recipes: dict[str, list[str]] = {}
+    for level in manifest.levels:
+        recipes.setdefault(json.dumps(level.recipe, indent=1), []).append(level.quant)
+    for recipe, quants in recipes.items():
+        if recipe != "{}":
+            of = f" for {', '.join(quants)}" if len(recipes) > 1 else ""
+            parts += [f"Asked{of}, beside the file type:", f"```json\n{recipe}\n```"]
     parts += ["To check what you downloaded:", _commands("sha256sum -c SHA256SUMS --ignore-missing")]
     return "\n\n".join(parts)

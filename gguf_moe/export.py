@@ -75,6 +75,8 @@ def export(
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory):
             return _Run(plans, directory, dict(recipe), force, on_event).run(threads, twins)
+    except BrokenPipeError:  # who listened to the events has gone: nothing is wrong with the directory
+        raise
     except OSError as error:
         raise GgufMoeError(f"{directory}: not written: {error}; what is whole stays, run again to go on") from None
 
@@ -143,7 +145,7 @@ class _Run:
         for planned in plan.files:
             path = planned.path(self.directory / plan.default_name)
             partial = PartialFile(
-                planned, path, fingerprint(planned, self.source), lambda: self._publish_if_whole(plan)
+                planned, path, fingerprint(plan, planned, self.source), lambda: self._publish_if_whole(plan)
             )
             entry = self.known.get(path.name)
             partial.replace = self.force or entry is not None or partial.is_renamed()
@@ -189,7 +191,8 @@ class _Run:
         made = {partial.path.name: _exported(partial) for partial in partials}
         names = [planned.path(Path(plan.default_name)).name for planned in plan.files]
         files = tuple(made[name] if name in made else self.kept[name] for name in names)
-        level = Level(plan.file_type.name, files, plan.bits_per_weight, plan.types, seconds)
+        source = plan.directory.resolve().name
+        level = Level(plan.file_type.name, files, plan.bits_per_weight, plan.types, source, self.recipe, seconds)
         self.levels[files[0].name] = level
         self._save()
         for partial in partials:
@@ -200,8 +203,7 @@ class _Run:
         """Write manifest and checksums of all levels that are here, this run's in their order first."""
         ours = [plan.files[0].path(self.directory / plan.default_name).name for plan in self.plans]
         names = [name for name in dict.fromkeys([*ours, *self.levels]) if name in self.levels]
-        source = self.plans[0].directory.resolve().name
-        manifest = Manifest(source, self.recipe, tuple(self.levels[name] for name in names))
+        manifest = Manifest(tuple(self.levels[name] for name in names))
         write_manifest(self.directory, manifest)
         gone = [name for name in self.known if not (self.directory / name).exists()]
         write_sums(self.directory, {file.name: file.sha256 for level in manifest.levels for file in level.files}, gone)
@@ -233,7 +235,8 @@ def source_state(plan: Plan) -> str:
         raise GgufMoeError(f"{plan.directory}: changed since it was opened: {error}") from None
 
 
-def fingerprint(planned: PlannedFile, source: str) -> str:
-    """Of all that a file's bytes follow from: the program, the source, and the header, which holds the recipe."""
-    parts = (__version__, source, hashlib.sha256(planned.header).hexdigest(), str(planned.size))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+def fingerprint(plan: Plan, planned: PlannedFile, source: str) -> str:
+    """Of all that a file's bytes follow from: the program, the source, and the headers, which hold the recipe; that of
+    the first shard names the model."""
+    headers = (hashlib.sha256(file.header).hexdigest() for file in (plan.files[0], planned))
+    return hashlib.sha256("\n".join((__version__, source, *headers, str(planned.size))).encode()).hexdigest()

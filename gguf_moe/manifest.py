@@ -51,6 +51,8 @@ class Level:
     files: tuple[ExportedFile, ...]
     bits_per_weight: float  # all tensor data over all weights
     types: dict[str, int]  # number of tensors of each
+    source: str  # name of the checkpoint's directory or of the GGUF file, no path
+    recipe: dict[str, Any]  # what the user asked, JSON values as of `recipe_values`
     seconds: float | None = None
 
     @property
@@ -79,8 +81,6 @@ def _now() -> str:
 class Manifest:
     """Everything that manifest.json holds."""
 
-    source: str  # name of the checkpoint's directory or of the GGUF file, no path
-    recipe: dict[str, Any]  # what the user asked, JSON values as of `recipe_values`
     levels: tuple[Level, ...]
     program: dict[str, str] = field(default_factory=program_versions)
     created: str = field(default_factory=_now)  # UTC, ISO 8601
@@ -133,8 +133,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     names = [file.name for level in levels for file in level.files]
     if twice := {name for name in names if names.count(name) > 1}:
         raise GgufMoeError(f"{path}: lists {min(twice)} twice, expected each file once")
-    recipe = fields.take("recipe", (dict,), "an object")
-    return Manifest(fields.text("source"), recipe, levels, fields.mapping("program", str), fields.text("created"))
+    return Manifest(levels, fields.mapping("program", str), fields.text("created"))
 
 
 def _level(fields: _Fields) -> Level:
@@ -143,7 +142,8 @@ def _level(fields: _Fields) -> Level:
     if not files:
         fields.fail("files", "at least one")
     bits = fields.take("bits_per_weight", (int, float), "a number", _measure)
-    return Level(fields.text("quant"), files, bits, fields.mapping("types", int), number)
+    recipe = fields.take("recipe", (dict,), "an object")
+    return Level(fields.text("quant"), files, bits, fields.mapping("types", int), fields.text("source"), recipe, number)
 
 
 def _file(fields: _Fields) -> ExportedFile:

@@ -64,8 +64,9 @@ def manifest_of(plans: list[Plan], request: Request | None = None) -> Manifest:
     for plan in plans:
         names = [file.path(Path(plan.default_name)).name for file in plan.files]
         files = tuple(ExportedFile(name, file.size, "0" * 64, "f", 1) for name, file in zip(names, plan.files))
-        levels.append(Level(plan.file_type.name, files, plan.bits_per_weight, plan.types))
-    return Manifest(plans[0].directory.name, recipe_values(request or Request()), tuple(levels))
+        asked, source = recipe_values(request or Request()), plan.directory.name
+        levels.append(Level(plan.file_type.name, files, plan.bits_per_weight, plan.types, source, asked))
+    return Manifest(tuple(levels))
 
 
 class Export:

@@ -219,3 +219,20 @@ def test_a_last_look_at_the_files(run, tmp_path: Path, monkeypatch: pytest.Monke
     result = run(*arguments)
     assert result.exit_code == 1
     assert f"{path}: BAD: " in result.stdout
+
+
+def test_each_level_remembers_its_own_recipe(run, tmp_path: Path) -> None:
+    run("export", MERGE, "-o", tmp_path, "--quant", "Q8_0", "--pure")
+    run("export", MERGE, "-o", tmp_path, "--quant", "Q2_K")
+    levels_told = json.loads((tmp_path / "manifest.json").read_text())["levels"]
+    recipes = {level["quant"]: (level["source"], level["recipe"]) for level in levels_told}
+    assert recipes == {"Q2_K": (MERGE.name, {}), "Q8_0": (MERGE.name, {"rules": {"pure": True}})}
+    assert "Asked for Q8_0, beside the file type:" in (tmp_path / "README.md").read_text()
+
+
+def test_a_closed_pipe_is_no_fault_of_the_folder(tmp_path: Path) -> None:
+    def closed(event: object) -> None:
+        raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        export(make_plans(open_checkpoint(MERGE), [find_file_type("Q2_K")]), tmp_path, recipe={}, on_event=closed)

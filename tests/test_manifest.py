@@ -28,10 +28,10 @@ from gguf_moe.sharding import Splitting
 
 SHARDS = tuple(ExportedFile(f"Größe-Q4_K_M-0000{n}-of-00002.gguf", 7 + n, f"{n}" * 64, "f", 5) for n in (1, 2))
 LEVELS = (
-    Level("Q4_K_M", SHARDS, 4.83, {"Q4_K": 25, "F32": 3}, 12.5),
-    Level("Q8_0", (ExportedFile("m-Q8_0.gguf", 0, "a" * 64, "g", 1 << 62),), 8.5, {}, None),
+    Level("Q4_K_M", SHARDS, 4.83, {"Q4_K": 25, "F32": 3}, "merge", {"pure": True, "splitting": {"max_bytes": 7}}, 12.5),
+    Level("Q8_0", (ExportedFile("m-Q8_0.gguf", 0, "a" * 64, "g", 1 << 62),), 8.5, {}, "m", {}, None),
 )
-WHOLE = Manifest("merge", {"pure": True, "splitting": {"max_bytes": 7}}, LEVELS)
+WHOLE = Manifest(LEVELS)
 
 
 def test_everything_comes_back(tmp_path: Path) -> None:
@@ -47,10 +47,12 @@ def test_everything_comes_back(tmp_path: Path) -> None:
 def test_what_programs_read(tmp_path: Path) -> None:
     write_manifest(tmp_path, WHOLE)
     content = json.loads((tmp_path / MANIFEST).read_text())
-    assert list(content) == ["source", "recipe", "levels", "program", "created"]
+    assert list(content) == ["levels", "program", "created"]
     assert content["program"] == program_versions()
     assert list(content["program"]) == ["name", "version", "codecs", "numpy", "gguf", "python"]
-    assert list(content["levels"][0]) == ["quant", "files", "bits_per_weight", "types", "seconds"]
+    assert list(content["levels"][0]) == [
+        *("quant", "files", "bits_per_weight", "types", "source", "recipe", "seconds"),
+    ]
     assert content["levels"][0]["files"][1] == {
         "name": SHARDS[1].name,
         "size": 9,
@@ -96,9 +98,9 @@ def put(*path: str | int, value: Any = ...) -> Callable[[Any], None]:
 
 
 DAMAGE = {
-    "source is missing, expected text": put("source"),
-    "source is 7, expected text": put("source", value=7),
-    "recipe is [], expected an object": put("recipe", value=[]),
+    "levels[0].source is missing, expected text": put("levels", 0, "source"),
+    "levels[1].source is 7, expected text": put("levels", 1, "source", value=7),
+    "levels[0].recipe is [], expected an object": put("levels", 0, "recipe", value=[]),
     "program is {'name': 1}, expected an object of texts": put("program", value={"name": 1}),
     "created is None, expected text": put("created", value=None),
     "levels is {}, expected a list of objects": put("levels", value={}),
