@@ -95,6 +95,12 @@ def introduction(title: str, values: Mapping[str, Any]) -> str:
 def files_section(levels: Sequence[Level], report: Mapping[str, Any] | None) -> tuple[str, list[str]]:
     """The table of files, by size; and warnings. report: what `validate --json` gives, or None."""
     figures, warnings = _figures(levels, report)
+    last = {level.quant: level.files[0].name for level in levels}
+    warnings += [
+        f"{level.files[0].name} and {last[level.quant]} are both {level.quant}; delete one before they are published"
+        for level in levels
+        if level.files[0].name != last[level.quant]
+    ]
     shown = [column for column in _QUALITY if any(column.title in found for found in figures.values())]
     titles = ["File", "Quant", "Size", "Bits per weight", *(column.title for column in shown), "When to choose it"]
     rows = []
