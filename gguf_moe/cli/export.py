@@ -59,9 +59,10 @@ def export(
     recipe: Path | None,
     **asked: Any,
 ) -> None:
-    """Write a whole ladder of GGUF files of MODEL into a directory, with checksums and a model card, from one read.
+    """Write a ladder of GGUF files of MODEL from one read.
 
-    Run again, it goes on where it stopped, and makes anew only what the model or the options have changed."""
+    They go into a directory, with checksums and a model card. Run again, it goes on where it stopped, and makes anew
+    only what the model or the options have changed."""
     check_repo(repo)
     if not directory:  # as an unset variable is; the path of nothing would be the directory at hand
         raise UsageError("--output is empty, expected a directory")

@@ -36,8 +36,10 @@ def verify(
     recipe: Path | None,
     **asked: Any,
 ) -> None:
-    """Check GGUF FILES: structure, finite weights, SHA256SUMS beside them; and that they are what a conversion of
-    MODEL gives, with the other options as they were made with."""
+    """Check GGUF FILES, alone or against their MODEL.
+
+    Checked are structure, finite weights, SHA256SUMS beside them; and that they are what a conversion of MODEL gives,
+    with the other options as they were made with."""
     request = as_request(read_recipe(recipe) if recipe else RecipeFile(), **asked)
     if against is None and request != Request():
         raise UsageError("options of a conversion need --against MODEL")
