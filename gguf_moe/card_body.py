@@ -95,6 +95,12 @@ def introduction(title: str, values: Mapping[str, Any]) -> str:
 def files_section(levels: Sequence[Level], report: Mapping[str, Any] | None) -> tuple[str, list[str]]:
     """The table of files, by size; and warnings. report: what `validate --json` gives, or None."""
     figures, warnings = _figures(levels, report)
+    last = {level.quant: level.files[0].name for level in levels}
+    warnings += [
+        f"{level.files[0].name} and {last[level.quant]} are both {level.quant}; delete one before they are published"
+        for level in levels
+        if level.files[0].name != last[level.quant]
+    ]
     shown = [column for column in _QUALITY if any(column.title in found for found in figures.values())]
     titles = ["File", "Quant", "Size", "Bits per weight", *(column.title for column in shown), "When to choose it"]
     rows = []
@@ -212,17 +218,15 @@ def run_section(levels: Sequence[Level], repo: str | None, stem: str) -> str:
 
 
 def _ollama(level: Level, remote: str, stem: str) -> list[str]:
-    """Ollama's registry at the Hub refuses shards, while `ollama create` joins those that a wildcard names."""
-    name, model = level.files[0].name, stem.lower()
-    if sharded := len(level.files) > 1:
-        name = re.sub(r"-\d{5}(-of-\d{5}\.gguf)$", r"-*\1", name)
-    create = _commands(
-        f"echo {shlex.quote(f'FROM ./{name}')} > Modelfile", f"ollama create {model}", f"ollama run {model}"
-    )
-    if sharded:
-        return ["**Ollama** takes shards from local files only (a recent version; older ones take none):", create]
+    """Ollama takes no shards, neither from the Hub nor from files (its issue 5245)."""
+    first, model = level.files[0].name, stem.lower()
+    whole = re.sub(r"-\d{5}-of-\d{5}(?=\.gguf$)", "", first)
+    create = [f"echo {shlex.quote(f'FROM ./{whole}')} > Modelfile", f"ollama create {model}", f"ollama run {model}"]
+    if whole != first:
+        merge = f"llama-gguf-split --merge {shlex.quote(first)} {shlex.quote(whole)}"
+        return ["**Ollama** takes no shards; with llama.cpp's tool they become one file:", _commands(merge, *create)]
     run = _commands(f"ollama run {shlex.quote(remote)}")
-    return ["**Ollama**, from the Hub:", run, "or from a local file:", create]
+    return ["**Ollama**, from the Hub:", run, "or from a local file:", _commands(*create)]
 
 
 def _commands(*lines: str) -> str:

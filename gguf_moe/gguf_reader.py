@@ -163,7 +163,8 @@ def read_gguf(path: Path) -> GgufFile:
             size = path.stat().st_size
             data = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) if size else b""
     except (OSError, ValueError) as error:
-        raise GgufMoeError(f"{path}: not readable: {error}") from None
+        reason = getattr(error, "strerror", None) or error  # without the path again
+        raise GgufMoeError(f"{path}: not readable: {reason}") from None
     return _Header(path, memoryview(data)).read()
 
 

@@ -70,7 +70,8 @@ def verify(
     verdict = Verdict(path)
     try:
         file = read_gguf(path)
-        verdict.conclude([*_structure(file), *_shards(file)], "structure")
+        unfinished = ["is a partial file of an unfinished run"] if path.suffix == ".partial" else []
+        verdict.conclude([*unfinished, *_structure(file), *_shards(file)], "structure")
         _contents(file, origin, verdict, threads or os.cpu_count() or 1, on_progress)
     except UsageError:
         raise

@@ -169,8 +169,9 @@ def test_shards_are_all_listed_and_the_first_is_run(export: Export) -> None:
     assert listed == [(f.name, size_text(f.size)) for level in split.manifest.levels for f in level.files]
     assert len(listed) == 12
     assert "llama-cli -hf me/mine-GGUF:Q4_K_M\nllama-cli -m TidePool-4x4M-v1-Q4_K_M-00001-of-00004.gguf\n" in split.text
-    assert "'FROM ./TidePool-4x4M-v1-Q4_K_M-*-of-00004.gguf'" in split.text
-    assert "ollama run hf.co" not in split.text  # the Hub refuses shards to it
+    whole = "TidePool-4x4M-v1-Q4_K_M.gguf"  # Ollama takes no shards
+    assert f"--merge TidePool-4x4M-v1-Q4_K_M-00001-of-00004.gguf {whole}\necho 'FROM ./{whole}'" in split.text
+    assert "ollama run hf.co" not in split.text
     assert '"max_bytes": 2000000' in split.text
 
 

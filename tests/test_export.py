@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -92,10 +93,33 @@ def test_the_dry_run_tells_sizes_and_costs(run, made, tmp_path: Path) -> None:
     assert rows[1][:6] == ["Q2_K", "1", str(made("json", "Q2_K").stat().st_size), "3.90", "MB", "3.32"]
     assert rows[3][:3] == ["all", "2", str(sum(made("json", q).stat().st_size for q in ("Q2_K", "Q4_K_M")))]
     assert list(tmp_path.iterdir()) == []
+    assert result.stdout.splitlines()[-1].startswith(
+        f"would be written to {tmp_path / 'deep' / 'out'}: 9.74 MB, free are "
+    )
     told = json.loads(run("export", MERGE, "-o", tmp_path, "--dry-run", "--json").stdout)
     assert [level["quant"] for level in told["levels"]] == list(LADDER)
     assert told["needed_bytes"] == sum(level["size_bytes"] for level in told["levels"])
     assert told["levels"][0]["seconds"] > 0
+
+
+def test_the_dry_run_tells_of_too_little_space(run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=3_000_000))
+    last = run("export", MERGE, "-o", tmp_path, "--dry-run", "--quant", "Q2_K").stdout.splitlines()[-1]
+    assert last.endswith(": 3.90 MB, free are 3.00 MB, too little unless an earlier run left much of it there")
+
+
+def test_the_same_level_in_two_forms_is_warned_of(run, tmp_path: Path) -> None:
+    arguments = ("export", MERGE, "-o", tmp_path, "--quant", "Q2_K")
+    assert run(*arguments).stderr == ""
+    whole, first = f"{MERGE.name}-Q2_K.gguf", f"{MERGE.name}-Q2_K-00001-of-00002.gguf"
+    told = run(*arguments, "--split-max-size", "3M").stderr
+    assert told == f"gguf-moe: warning: {whole} and {first} are both Q2_K; delete one before they are published\n"
+
+
+def test_an_empty_output_is_not_the_directory_at_hand(run) -> None:
+    result = run("export", MERGE, "-o", "")
+    assert (result.exit_code, result.stderr) == (2, "gguf-moe: --output is empty, expected a directory\n")
 
 
 def test_costs_count_each_encoding_once() -> None:
@@ -219,6 +243,9 @@ def test_a_last_look_at_the_files(run, tmp_path: Path, monkeypatch: pytest.Monke
     result = run(*arguments)
     assert result.exit_code == 1
     assert f"{path}: BAD: " in result.stdout
+    assert result.stderr == "gguf-moe: delete what is not good, and run again to make it anew\n"
+    lines = run(*arguments, "--json").stdout.splitlines()
+    assert [(each["event"], each.get("good")) for each in map(json.loads, lines)][-1] == ("verified", 1)
 
 
 def test_each_level_remembers_its_own_recipe(run, tmp_path: Path) -> None:

@@ -354,6 +354,13 @@ def test_what_the_command_says(run, made, merges, tmp_path: Path) -> None:
     assert run("verify", a).stdout.splitlines()[0].endswith(f"; not proven: SHA-256 (no {LIST} beside it), content")
 
 
+def test_a_file_that_is_not_finished_is_not_good(made, tmp_path: Path) -> None:
+    """All of its bytes may be finite, and its holes are zeros."""
+    path = tmp_path / "x.gguf.partial"
+    shutil.copy(made("json", "Q4_0"), path)
+    assert verify(path).problems == ["is a partial file of an unfinished run"]
+
+
 def test_wrong_calls(run, made, merges, tmp_path: Path) -> None:
     path = made("json", "Q4_0")
     for arguments, code, message in (

@@ -38,9 +38,10 @@ def convert(
     recipe: Path | None,
     **asked: Any,
 ) -> None:
-    """Convert MODEL to one GGUF file or to shards: the directory of a merge (config.json, tokenizer, safetensors), or
-    a GGUF file, the first shard if there are several. A GGUF file keeps its tensors' types unless --bits or --quant is
-    given."""
+    """Convert MODEL to one GGUF file or to shards.
+
+    MODEL is the directory of a merge (config.json, tokenizer, safetensors), or a GGUF file, the first shard if there
+    are several. A GGUF file keeps its tensors' types unless --bits or --quant is given."""
     asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
     file_type = asked_recipe.file_type
     if not (is_gguf(model) and bits is quant_name is file_type is None):

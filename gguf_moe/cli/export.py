@@ -18,6 +18,7 @@ from gguf_moe.cli.options import as_request, open_model, request_options
 from gguf_moe.cli.progress import progress_bar, warn
 from gguf_moe.cli.verify import verify_files
 from gguf_moe.duplicates import find_duplicates
+from gguf_moe.errors import UsageError
 from gguf_moe.estimate import seconds_of_encoding
 from gguf_moe.export import LADDER, Event, Finished, Found
 from gguf_moe.export import export as run_plans
@@ -30,9 +31,7 @@ from gguf_moe.recipe_file import RecipeFile, read_recipe
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option(
-    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory; made if it is missing."
-)
+@click.option("-o", "--output", "directory", required=True, metavar="DIR", help="Directory; made if it is missing.")
 @click.option(
     "--quant", "names", multiple=True, metavar="NAME", help=f"A level, repeatable; by default {' '.join(LADDER)}."
 )
@@ -48,7 +47,7 @@ from gguf_moe.recipe_file import RecipeFile, read_recipe
 def export(
     context: click.Context,
     model: Path,
-    output: Path,
+    directory: str,
     names: tuple[str, ...],
     threads: int | None,
     force: bool,
@@ -60,10 +59,14 @@ def export(
     recipe: Path | None,
     **asked: Any,
 ) -> None:
-    """Write a whole ladder of GGUF files of MODEL into a directory, with checksums and a model card, from one read.
+    """Write a ladder of GGUF files of MODEL from one read.
 
-    Run again, it goes on where it stopped, and makes anew only what the model or the options have changed."""
+    They go into a directory, with checksums and a model card. Run again, it goes on where it stopped, and makes anew
+    only what the model or the options have changed."""
     check_repo(repo)
+    if not directory:  # as an unset variable is; the path of nothing would be the directory at hand
+        raise UsageError("--output is empty, expected a directory")
+    output = Path(directory)
     asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
     request = as_request(asked_recipe, **asked)
     levels = [find_file_type(name) for name in names] or [asked_recipe.file_type]
@@ -93,7 +96,8 @@ def export(
     if not as_json:
         click.echo("\n".join([*duplicates.notes(), f"{_count(len(plans))} complete in {output}"]))
     files = [file.path(output / plan.default_name) for plan in plans for file in plan.files]
-    if verify and not verify_files(files, None, as_json):
+    if verify and not verify_files(files, None, as_json, event="verified"):
+        click.echo("gguf-moe: delete what is not good, and run again to make it anew", err=True)
         context.exit(1)
 
 
@@ -171,4 +175,5 @@ def _print_levels(plans: list[Plan], output: Path, threads: int | None, as_json:
     )
     click.echo(report.table(rows, "<>>>>>"))
     click.echo("encoding: about, beside what the levels above have encoded already")
-    click.echo(f"would be written to {output}, where {report.size_text(free)} are free")
+    enough = "" if needed <= free else ", too little unless an earlier run left much of it there"
+    click.echo(f"would be written to {output}: {report.size_text(needed)}, free are {report.size_text(free)}{enough}")

@@ -21,8 +21,10 @@ from gguf_moe.sharding import Splitting
 @splitting_options
 @output_options
 def split(file: Path, splitting: Splitting | None, output: str | None, force: bool, dry_run: bool) -> None:
-    """Cut a GGUF FILE into shards that llama.cpp loads by the first, without a change to what they hold. FILE may be
-    the first of shards too, which are cut anew."""
+    """Cut a GGUF FILE into shards.
+
+    llama.cpp loads them by the first; what they hold is not changed. FILE may be the first of shards too, which are cut
+    anew."""
     if splitting is None:
         raise UsageError("give --split-max-size, --split-max-tensors or --no-tensor-first-split")
     _run(plan_split(file, splitting), file, output, force, dry_run)
@@ -32,7 +34,9 @@ def split(file: Path, splitting: Splitting | None, output: str | None, force: bo
 @click.argument("file", metavar="FIRST_SHARD", type=click.Path(path_type=Path))
 @output_options
 def merge(file: Path, output: str | None, force: bool, dry_run: bool) -> None:
-    """Make one GGUF file of shards, of which FIRST_SHARD is the first; the others are found beside it."""
+    """Make one GGUF file of shards.
+
+    FIRST_SHARD is the first of them; the others are found beside it."""
     _run(plan_merge(file), file, output, force, dry_run)
 
 

@@ -36,8 +36,10 @@ def verify(
     recipe: Path | None,
     **asked: Any,
 ) -> None:
-    """Check GGUF FILES: structure, finite weights, SHA256SUMS beside them; and that they are what a conversion of
-    MODEL gives, with the other options as they were made with."""
+    """Check GGUF FILES, alone or against their MODEL.
+
+    Checked are structure, finite weights, SHA256SUMS beside them; and that they are what a conversion of MODEL gives,
+    with the other options as they were made with."""
     request = as_request(read_recipe(recipe) if recipe else RecipeFile(), **asked)
     if against is None and request != Request():
         raise UsageError("options of a conversion need --against MODEL")
@@ -46,8 +48,8 @@ def verify(
         context.exit(1)
 
 
-def verify_files(files: Sequence[Path], origin: Origin | None, as_json: bool) -> bool:
-    """Check files and print what was found of them; whether all are good."""
+def verify_files(files: Sequence[Path], origin: Origin | None, as_json: bool, **more: str) -> bool:
+    """Check files and print what was found of them; whether all are good. more: stands in the JSON too."""
     verdicts = []
     for file in files:
         with progress_bar(leave=False) as show:
@@ -57,7 +59,7 @@ def verify_files(files: Sequence[Path], origin: Origin | None, as_json: bool) ->
             click.echo(report.one_line(_text(verdict)))
     good = sum(verdict.good for verdict in verdicts)
     if as_json:
-        click.echo(json.dumps({"files": [_facts(verdict) for verdict in verdicts], "good": good}))
+        click.echo(json.dumps({**more, "files": [_facts(verdict) for verdict in verdicts], "good": good}))
     else:
         click.echo(f"{good} of {len(files)} files are good")
     return good == len(files)
