@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,9 +19,11 @@ from gguf_moe.evaluation.source import PIECE_WEIGHTS
 
 MAX_GROUP = 8  # chunks whose logits exist together: the output matrix is decoded once for all of them
 SCORING_COPIES = 6  # arrays of one chunk's logits that scoring may make
+LARGE_BLOCK = 4 << 20
 LIBRARIES = 64 << 20  # what torch takes for itself when it starts to compute, and the allocator does not give back
 LOGIT_COPIES = 3  # of a group: the base's, a model's, and those of the model before, which a caller may still have
 FLOAT = 4
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _WIDTHS = ("heads", "kv_heads", "head_size", "feed_forward", "expert_feed_forward", "shared_feed_forward")
 
 
@@ -70,6 +74,14 @@ def plan_memory(models: Sequence[Model], chunks: int, context: int, memory: int)
     return MemoryPlan(held, matrices, between, per_chunk, logits, group, sweeps)
 
 
+def give_back_memory() -> None:
+    """Have glibc give what is freed back to the system: large blocks at once, others now. By itself it would keep them
+    in holes that aligned blocks of the same size do not fit in again, and a sweep would grow to twice its size."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc.malloc_trim(0)
+
+
 def check_alike(models: Sequence[Model]) -> None:
     """Refuse models that are not the first one's, quantized, by their shapes."""
     base = models[0]
@@ -97,6 +109,6 @@ def _most_weights(model: Model) -> int:
 def _between(facts: ModelFacts, context: int) -> int:
     """Bytes of what the pieces of tokens need while they pass attention, router or network, in float32."""
     query, key, width = facts.size("query"), facts.size("key"), max(getattr(facts, name) for name in _WIDTHS[-3:])
-    attention = max(PIECE_TOKENS, context) * (2 * facts.hidden + 5 * query + 5 * key)
-    network = PIECE_TOKENS * max(2 * facts.hidden + 3 * width, facts.hidden + 5 * facts.experts)
+    attention = max(PIECE_TOKENS, context) * (2 * facts.hidden + 4 * query + 3 * key)
+    network = PIECE_TOKENS * max(2 * facts.hidden + 2 * width, facts.hidden + 5 * facts.experts)
     return FLOAT * (max(attention, network) + 2 * PIECE_WEIGHTS)

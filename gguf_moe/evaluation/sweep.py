@@ -15,6 +15,7 @@ import torch
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.evaluation.forward import Model
 from gguf_moe.evaluation.layer import Routing
+from gguf_moe.evaluation.memory import give_back_memory
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def sweep(
     chunks, context = windows.shape
     layers, starts, done = models[0].hyper.facts.layers, range(0, chunks, group), 0
     total = len(models) * (layers + len(starts))
+    give_back_memory()
     hidden = [model.embed(windows) for model in models]
     rotations = [model.rotation(context) for model in models]
     for layer in range(layers):
@@ -71,6 +73,7 @@ def sweep(
             base = base or routing
             if base and routing:
                 yield Routed(number, layer, base, routing)
+            give_back_memory()
             on_progress(Progress(done := done + 1, total))
     first = context // 2
     for start in starts:
@@ -83,6 +86,7 @@ def sweep(
             base_logits = logits if base_logits is None else base_logits
             for i, scored in enumerate(targets.to(logits.device)):
                 yield Scored(number, start + i, base_logits[i], logits[i], scored)
+            give_back_memory()
             on_progress(Progress(done := done + 1, total))
 
 
