@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import architectures
@@ -12,6 +13,8 @@ from checkpoints import DATA, MERGE
 from click.testing import CliRunner, Result
 
 from gguf_moe.cli import cli
+
+collect_ignore = [] if find_spec("torch") else ["evaluation"]  # needs the extra gguf-moe[eval]
 
 RunCli = Callable[..., Result]
 Make = Callable[[str, str], Path]

@@ -25,7 +25,6 @@ class Hyper:
 
     facts: ModelFacts
     architecture: Architecture
-    expert_scale: float  # of the routed experts' weights
 
     @property
     def rotates_neighbours(self) -> bool:
@@ -46,7 +45,7 @@ def read_hyper(source: ModelSource) -> Hyper:
     if family is None:
         known = ", ".join(sorted({f.name for f in FAMILIES}))
         keys.fail(gguf.Keys.General.ARCHITECTURE, f"one of {known}, dense or with experts as llama.cpp has it")
-    hyper = Hyper(_facts(source, keys, experts), family, _number(keys, _LLM.EXPERT_WEIGHTS_SCALE, 1.0))
+    hyper = Hyper(_facts(source, keys, experts), family)
     _check_tensors(source, hyper)
     return hyper
 
@@ -64,6 +63,8 @@ def _facts(source: ModelSource, keys: ModelKeys, experts: int) -> ModelFacts:
     if experts:
         softmax = int(gguf.ExpertGatingFuncType.SOFTMAX)
         integer(_LLM.EXPERT_GATING_FUNC, softmax, softmax, softmax)
+        if _number(keys, _LLM.EXPERT_WEIGHTS_SCALE, 1.0) != 1:
+            keys.fail(keys.model(_LLM.EXPERT_WEIGHTS_SCALE), "1.0")
     used = integer(_LLM.EXPERT_USED_COUNT, most=experts) if experts else 0
     expert_width = integer(_LLM.EXPERT_FEED_FORWARD_LENGTH, width // used if used else 0, 0)
     shared = integer(_LLM.EXPERT_SHARED_COUNT, 1, 0)

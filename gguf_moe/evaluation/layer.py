@@ -137,9 +137,8 @@ class Layer:
         for x in normed.split(PIECE_TOKENS):
             p, order = F.linear(x.float(), router).softmax(-1).sort(descending=True, stable=True)
             p = p[:, : self.hyper.facts.experts_used]
-            if self.hyper.architecture.renormalized:
-                p = p / p.sum(-1, keepdim=True).clamp(min=MIN_WEIGHT_SUM)
-            weights.append(p * self.hyper.expert_scale)
+            total = p.sum(-1, keepdim=True).clamp(min=MIN_WEIGHT_SUM) if self.hyper.architecture.renormalized else 1
+            weights.append(p / total)
             experts.append(order[:, : self.hyper.facts.experts_used].clone())  # not a view, which would keep all
         return Routing(torch.cat(experts), torch.cat(weights))
 

@@ -7,9 +7,9 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import psutil
-import torch
 
 from gguf_moe.arch import ModelFacts
 from gguf_moe.errors import GgufMoeError, UsageError
@@ -70,7 +70,7 @@ def plan_memory(models: Sequence[Model], chunks: int, context: int, memory: int)
         )
     count = math.ceil(chunks / at_once)
     edges = [chunks * i // count for i in range(count + 1)]
-    sweeps = tuple(range(start, stop) for start, stop in zip(edges, edges[1:]))
+    sweeps = tuple(range(start, stop) for start, stop in pairwise(edges))
     return MemoryPlan(held, matrices, between, per_chunk, logits, group, sweeps)
 
 
