@@ -40,7 +40,7 @@ class Model:
     def rotation(self, context: int) -> Rotation:
         """The rotary embedding of the first `context` positions."""
         facts, name = self.hyper.facts, "rope_freqs.weight"
-        divisors = self.weights.vector(name).double().cpu() if name in self.weights else 1.0
+        divisors = self.weights.vector(name).cpu().double() if name in self.weights else 1.0
         frequencies, magnitude = _scaled(facts.rope, facts.head_size, divisors)
         angles = torch.arange(context, dtype=torch.float64)[:, None, None] * frequencies
         cosine, sine = ((f(angles) * magnitude).float().to(self.weights.device) for f in (torch.cos, torch.sin))

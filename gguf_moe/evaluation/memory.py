@@ -19,7 +19,7 @@ from gguf_moe.evaluation.source import PIECE_WEIGHTS
 
 MAX_GROUP = 8  # chunks whose logits exist together: the output matrix is decoded once for all of them
 SCORING_COPIES = 6  # arrays of one chunk's logits that scoring may make
-LARGE_BLOCK = 4 << 20
+LARGE_BLOCK = 4 << 20  # bytes; blocks of that size come from the system and go back to it
 LIBRARIES = 64 << 20  # what torch takes for itself when it starts to compute, and the allocator does not give back
 LOGIT_COPIES = 3  # of a group: the base's, a model's, and those of the model before, which a caller may still have
 FLOAT = 4
@@ -59,9 +59,7 @@ def plan_memory(models: Sequence[Model], chunks: int, context: int, memory: int)
     per_chunk = context * ((len(models) + 1) * facts.hidden * itemsize + 25 * facts.experts_used + 32)
     one_logits = (context - context // 2) * facts.vocabulary * FLOAT
     fixed = SCORING_COPIES * one_logits + panel_rows(models[0].hyper) * facts.hidden * itemsize + LIBRARIES
-    group = max(1, min(MAX_GROUP, chunks, (matrices + between - fixed) // (LOGIT_COPIES * one_logits)))
-    logits = fixed + group * LOGIT_COPIES * one_logits
-    least = held + max(matrices + between, logits)
+    least = held + max(matrices + between, fixed + LOGIT_COPIES * one_logits)
     at_once = (memory - least) // per_chunk
     if at_once < 1:
         raise UsageError(
@@ -71,6 +69,9 @@ def plan_memory(models: Sequence[Model], chunks: int, context: int, memory: int)
     count = math.ceil(chunks / at_once)
     edges = [chunks * i // count for i in range(count + 1)]
     sweeps = tuple(range(start, stop) for start, stop in pairwise(edges))
+    longest = math.ceil(chunks / count)
+    group = min(MAX_GROUP, longest, (memory - held - longest * per_chunk - fixed) // (LOGIT_COPIES * one_logits))
+    logits = fixed + group * LOGIT_COPIES * one_logits
     return MemoryPlan(held, matrices, between, per_chunk, logits, group, sweeps)
 
 

@@ -37,7 +37,7 @@ class ModelSource:
     @property
     def name(self) -> str:
         """How tables call it."""
-        return self.path.name
+        return self.path.absolute().name
 
     @property
     def bits_per_weight(self) -> float:
