@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - as everyone calls it
 
 from gguf_moe.arch.rope import Rope
+from gguf_moe.evaluation.events import Routing
 from gguf_moe.evaluation.hyper import Hyper, read_hyper
-from gguf_moe.evaluation.layer import Layer, Observer, Rotation, Routing, normalized
+from gguf_moe.evaluation.layer import Layer, Observer, Rotation, normalized
 from gguf_moe.evaluation.source import ModelSource, Weights
 
 PANEL_WEIGHTS = 1 << 24  # of the output matrix that are in memory at once

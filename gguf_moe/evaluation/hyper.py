@@ -112,33 +112,30 @@ def _number(keys: ModelKeys, template: str, default: float | None = None) -> flo
 
 def _check_tensors(source: ModelSource, hyper: Hyper) -> None:
     """All that the family must have, nothing that it has not, each of the shape that the keys say."""
-    expected = {name: (template, shape) for name, template, shape in _expected(hyper)}
-    rows = hyper.facts.head_size // 2
+    expected = {name: (shape, template.required) for name, shape, template in _expected(hyper)}
+    expected["rope_freqs.weight"] = (hyper.facts.head_size // 2,), False
     for name, tensor in source.tensors.items():
-        if name == "rope_freqs.weight":
-            shape: tuple[int, ...] = (rows,)
-        elif name in expected:
-            _, shape = expected[name]
-        else:
+        if name not in expected:
             raise GgufMoeError(
                 f"{source.path}: tensor {name} is unknown to the evaluation of architecture {hyper.architecture.name}"
             )
+        shape, _ = expected[name]
         if _without_outer_ones(tensor.shape) != _without_outer_ones(shape):
             raise GgufMoeError(
                 f"{source.path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)} by its keys"
             )
-    absent = [name for name, (t, _) in expected.items() if t.required and name not in source.tensors]
+    absent = [name for name, (_, required) in expected.items() if required and name not in source.tensors]
     if absent:
         raise GgufMoeError(f"{source.path}: {absent_text(absent)}")
 
 
-def _expected(hyper: Hyper) -> Iterator[tuple[str, Template, tuple[int, ...]]]:
+def _expected(hyper: Hyper) -> Iterator[tuple[str, tuple[int, ...], Template]]:
     facts = hyper.facts
     for template in hyper.architecture.templates:
         shape = tuple(facts.size(name) for name in template.shape)
         shape = (facts.experts, *shape) if template.stacked else shape
         for layer in template.layers(facts) if "{layer}" in template.target else (None,):
-            yield template.target.format(layer=layer), template, shape
+            yield template.target.format(layer=layer), shape, template
 
 
 def _without_outer_ones(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everyone calls it
 
+from gguf_moe.evaluation.events import Routing
 from gguf_moe.evaluation.hyper import Hyper
 from gguf_moe.evaluation.source import Weights
 
@@ -21,14 +22,6 @@ PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output")
 
 # Sees the input of every matrix product: the matrix's name, x [rows, columns], the number of the expert in a stack.
 Observer = Callable[[str, torch.Tensor, "int | None"], None]
-
-
-@dataclass(frozen=True)
-class Routing:
-    """Where a layer sent its tokens: [..., used experts], the likeliest first, among equals the lower number."""
-
-    experts: torch.Tensor  # int64
-    weights: torch.Tensor  # float32, by which the experts' outputs are summed
 
 
 @dataclass(frozen=True)

@@ -7,44 +7,14 @@ the last layer logits exist for a few chunks at a time, of the base and of one m
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from gguf_moe.errors import GgufMoeError
+from gguf_moe.evaluation.events import Progress, Routed, Routing, Scored
 from gguf_moe.evaluation.forward import Model
-from gguf_moe.evaluation.layer import Routing
 from gguf_moe.evaluation.memory import give_back_memory
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a sweep is: layers and groups of logits, of all models."""
-
-    done: int
-    total: int
-
-
-@dataclass(frozen=True)
-class Routed:
-    """A layer's routing of all chunks of the sweep, [chunks, context, used experts], beside the base's."""
-
-    model: int  # 0: the base itself
-    layer: int
-    base: Routing
-    routing: Routing
-
-
-@dataclass(frozen=True)
-class Scored:
-    """The logits of a chunk's scored positions, float32 [positions, vocabulary], beside the base's."""
-
-    model: int  # 0: the base itself
-    chunk: int  # its number in the sweep
-    base: torch.Tensor
-    logits: torch.Tensor
-    targets: torch.Tensor  # the ids that the positions should predict: int64 [positions]
 
 
 @torch.inference_mode()
@@ -57,7 +27,7 @@ def sweep(
     """Run the base, which is the first, and other models of its shape through windows of token ids [chunks, context].
 
     Positions from the middle of a window on are scored, as llama.cpp does. group: chunks whose logits exist together.
-    Raises GgufMoeError naming layer and file where activations are not finite.
+    The events' tensors are in main memory. Raises GgufMoeError naming layer and file where activations are not finite.
     """
     chunks, context = windows.shape
     layers, starts, done = models[0].hyper.facts.layers, range(0, chunks, group), 0
@@ -70,8 +40,9 @@ def sweep(
         for number, model in enumerate(models):
             routing = model.run_layer(layer, hidden[number], rotations[number])
             _check_finite(hidden[number], model, f"layer {layer}")
-            base = base or routing
-            if base and routing:
+            if routing:
+                routing = Routing(routing.experts.cpu(), routing.weights.cpu())
+                base = base or routing
                 yield Routed(number, layer, base, routing)
             give_back_memory()
             on_progress(Progress(done := done + 1, total))
@@ -84,8 +55,8 @@ def sweep(
             logits = model.logits(states.flatten(0, 1)).unflatten(0, states.shape[:2])
             _check_finite(logits, model, "output.weight")
             base_logits = logits if base_logits is None else base_logits
-            for i, scored in enumerate(targets.to(logits.device)):
-                yield Scored(number, start + i, base_logits[i], logits[i], scored)
+            for i, ids in enumerate(targets):
+                yield Scored(number, start + i, base_logits[i].cpu(), logits[i].cpu(), ids)
             give_back_memory()
             on_progress(Progress(done := done + 1, total))
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gguf_moe.evaluation.events import Routing
 from gguf_moe.evaluation.forward import Model, load_model
-from gguf_moe.evaluation.layer import Observer, Routing
+from gguf_moe.evaluation.layer import Observer
 from gguf_moe.evaluation.source import open_model
 
 

@@ -12,7 +12,8 @@ from checkpoints import DATA
 from running import model
 from test_golden import GOLDEN
 
-from gguf_moe.evaluation.sweep import Routed, sweep
+from gguf_moe.evaluation.events import Routed
+from gguf_moe.evaluation.sweep import sweep
 
 WANT = json.loads((GOLDEN / "tidepool.eval.json").read_text())["transformers"]
 LEVELS = [name for name in WANT["files"] if "-" not in name]

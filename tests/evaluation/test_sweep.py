@@ -12,8 +12,9 @@ from checkpoints import MERGE, bundled
 from running import model, run, windows
 
 from gguf_moe.errors import GgufMoeError, UsageError
+from gguf_moe.evaluation.events import Progress, Routed, Scored
 from gguf_moe.evaluation.memory import plan_memory
-from gguf_moe.evaluation.sweep import Progress, Routed, Scored, sweep
+from gguf_moe.evaluation.sweep import sweep
 
 MIB = 1 << 20
 
@@ -92,8 +93,8 @@ def test_chunks_are_shared_out_by_memory() -> None:
     assert plan.sweeps == (range(100),)
     assert plan.held > 50 * MIB
     smaller = plan_memory(models, 100, 512, plan.total - 60 * plan.per_chunk)
-    assert smaller.total <= plan.total - 60 * plan.per_chunk + (smaller.held - plan.held)
-    assert len(smaller.sweeps) == 3
+    assert smaller.total <= plan.total - 60 * plan.per_chunk
+    assert len(smaller.sweeps) > 1
     assert [chunk for sweep in smaller.sweeps for chunk in sweep] == list(range(100))
     assert max(map(len, smaller.sweeps)) - min(map(len, smaller.sweeps)) <= 1
     with pytest.raises(UsageError, match=r"--memory is 1048576 bytes, but to evaluate .* takes \d+, of which"):
