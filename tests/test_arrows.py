@@ -13,6 +13,7 @@ ALLOWED = {
     "cli": "checkpoint convert duplicates errors gguf_reader gguf_source plan recipe recipe_file report request rules",
     "__main__": "cli",
     "__init__": "",
+    "evaluation": "errors evaluation gguf_keys tokenizer",
     "report": "gguf_reader naming plan recipe",
     "convert": "checkpoint duplicates errors gguf_file mapping plan",
     "duplicates": "mapping plan",
