@@ -98,25 +98,21 @@ def figures(scores: Scores) -> dict[str, float]:
 
 def _perplexities(nll: np.ndarray, nll_base: np.ndarray) -> dict[str, float]:
     """Perplexities and how they differ, with llama.cpp's errors, which take both models' positions as pairs."""
-    error, error_base = _error(nll), _error(nll_base)
-    covariance = _covariance(nll, nll_base)
-    ln_ratio = nll.mean() - nll_base.mean()
-    with np.errstate(over="ignore"):  # a model that is damaged may have a perplexity beyond all numbers
-        ppl, ppl_base, ratio = np.exp(nll.mean()), np.exp(nll_base.mean()), np.exp(ln_ratio)
-    ln_ratio_error = np.sqrt(max(0.0, error**2 + error_base**2 - 2 * covariance))
-    difference_variance = (ppl * error) ** 2 + (ppl_base * error_base) ** 2 - 2 * ppl * ppl_base * covariance
+    error, error_base, both = _error(nll), _error(nll_base), _covariance(nll, nll_base)
+    ppl, ppl_base = np.exp(nll.mean()), np.exp(nll_base.mean())
+    ln_ratio, ln_ratio_error = nll.mean() - nll_base.mean(), _error(nll - nll_base)
     return {
         "ppl": ppl,
         "ppl_error": ppl * error,
         "ppl_base": ppl_base,
         "ppl_base_error": ppl_base * error_base,
-        "correlation": 100 * covariance / (error * error_base) if error and error_base else 0.0,
+        "correlation": 100 * both / (error * error_base) if error and error_base else 0.0,
         "ln_ratio": ln_ratio,
         "ln_ratio_error": ln_ratio_error,
-        "ppl_ratio": ratio,
-        "ppl_ratio_error": ratio * ln_ratio_error,
+        "ppl_ratio": np.exp(ln_ratio),
+        "ppl_ratio_error": np.exp(ln_ratio) * ln_ratio_error,
         "ppl_difference": ppl - ppl_base,
-        "ppl_difference_error": np.sqrt(max(0.0, difference_variance)),
+        "ppl_difference_error": _error(ppl * nll - ppl_base * nll_base),
     }
 
 

@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 
@@ -156,7 +157,7 @@ class Llama:
             self._fail(f"llama.cpp makes no context of {self.context_length} tokens")
         return context
 
-    def _fail(self, what: str) -> None:
+    def _fail(self, what: str) -> NoReturn:
         reason = " ".join(b"".join(_errors[:1]).decode(errors="replace").split())
         raise GgufMoeError(f"{self.path}: {what}: {reason}")
 
@@ -178,7 +179,7 @@ class Llama:
         return list(ids[:count])
 
     def text_tokenizer(self) -> TextTokenizer:
-        """Its tokenizer for plain text. Raises GgufMoeError for one that puts EOS after a text."""
+        """Its tokenizer for plain text, while it is loaded. Raises GgufMoeError for one that puts EOS after a text."""
         if self.lib.llama_vocab_get_add_eos(self.vocabulary):
             raise GgufMoeError(f"{self.path}: its tokenizer puts EOS after a text; one cut into windows has no end")
         adds_bos = self.lib.llama_vocab_get_add_bos(self.vocabulary)

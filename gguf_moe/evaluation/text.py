@@ -2,8 +2,8 @@
 
 The ids follow from a model's GGUF keys alone, so that a checkpoint and its GGUF files get the same ones: those of
 llama.cpp. SentencePiece joins by scores and the tokenizers package by merges; what llama.cpp does around them is here.
-Not so where it takes a user-defined token for the end of a turn by its text, as `<|im_end|>`: then it does not find it
-in a text, and this does.
+One case is left: a user-defined token that llama.cpp takes for the end of a turn by its text, as `<|im_end|>`. It does
+not look for that in a text, and this does.
 """
 
 from __future__ import annotations
@@ -67,7 +67,9 @@ def read_text(path: Path, tokenizer: TextTokenizer, *, context: int = 512, chunk
     windows.
     """
     if context < MIN_CONTEXT or (chunks is not None and chunks < 1):
-        raise UsageError(f"{chunks} windows of {context} tokens; expected 1 of {MIN_CONTEXT} at least")
+        raise UsageError(
+            f"windows of {context} tokens, {chunks} at most; expected {MIN_CONTEXT} tokens and 1 window, or more"
+        )
     try:
         data = path.read_bytes()
         text = data.decode()

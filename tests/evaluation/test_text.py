@@ -68,7 +68,7 @@ def differing(path: Path, texts: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize("form", ["json", "spm"])
 def test_ids_of_the_merge_are_llama_cpps(form: str, made) -> None:
     whole = (EVAL.read_text(), CALIB.read_text())
-    assert differing(made(form, "Q2_K"), (*whole, *TEXTS, "a</s>b <s> <unk>")) == []
+    assert differing(made(form, "Q2_K"), (*whole, *TEXTS, "a</s>b <s> <unk>", "\uffff a")) == []
 
 
 @pytest.mark.parametrize("form", ["json", "spm"])
@@ -152,7 +152,20 @@ def test_vocabularies_without_windows_are_refused(changed: dict, message: str, m
     assert "\n" not in str(caught.value)
 
 
-def test_every_name_without_a_pattern_is_one_of_llama_cpps() -> None:
+def test_a_vocabulary_that_adds_eos_is_refused_by_both_engines(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((DATA / "tokenizers" / "tidepool.tokenizer.model").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text('{"add_eos_token": true}')
+    vocabulary_file(tmp_path, 4096, tmp_path / "v.gguf")
+    with pytest.raises(GgufMoeError, match=r"v\.gguf: tokenizer\.ggml\.add_eos_token is True, expected False"):
+        read_tokenizer(keys_in(tmp_path / "v.gguf"))
+    with (
+        Llama(tmp_path / "v.gguf", vocabulary_only=True) as model,
+        pytest.raises(GgufMoeError, match=r"v\.gguf: its tokenizer puts EOS after a text"),
+    ):
+        model.text_tokenizer()
+
+
+def test_every_name_with_a_pattern_is_one_of_llama_cpps() -> None:
     assert set(LLAMA_CPPS) < NAMES
 
 
@@ -196,7 +209,7 @@ def test_texts_that_make_no_windows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(GgufMoeError, match=r"a\.txt: 31 tokens, expected 32 at least, two windows of 16; give"):
         read_text(path, LETTERS, context=16)
     for wrong in ({"context": 7}, {"chunks": 0}):
-        with pytest.raises(UsageError, match="expected 1 of 8 at least"):
+        with pytest.raises(UsageError, match="expected 8 tokens and 1 window, or more"):
             read_text(path, LETTERS, **wrong)
     path.write_bytes(b"abc\xff")
     with pytest.raises(GgufMoeError, match=r"a\.txt: not a readable UTF-8 text: .* in position 3"):
