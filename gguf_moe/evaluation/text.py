@@ -67,9 +67,7 @@ def read_text(path: Path, tokenizer: TextTokenizer, *, context: int = 512, chunk
     windows.
     """
     if context < MIN_CONTEXT or (chunks is not None and chunks < 1):
-        raise UsageError(
-            f"windows of {context} tokens, {chunks} at most; expected {MIN_CONTEXT} tokens and 1 window, or more"
-        )
+        raise UsageError(f"windows of {context} tokens, {chunks} at most; expected {MIN_CONTEXT} and 1 at least")
     try:
         data = path.read_bytes()
         text = data.decode()
