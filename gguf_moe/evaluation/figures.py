@@ -19,6 +19,7 @@ QUANTILES = {
     "p10": 0.1, "p05": 0.05, "p01": 0.01, "p001": 0.001, "min": 0.0,
 }  # fmt: skip
 INTERVALS = ("median", "p90", "p95", "p99", "p999")  # of the KL divergence that get one by resampling
+KLD_EDGES = 10.0 ** (np.arange(-64, 17) / 8)  # of the histogram's bins: 1e-8 to 100, the same for every file
 FEW = 10  # positions that are too few for an error
 POSITION = np.dtype([(name, "<f4") for name in ("nll_base", "nll", "kld", "delta_p")] + [("same_top", "?")])
 
@@ -135,6 +136,13 @@ def _quantiles(values: np.ndarray) -> dict[str, float]:
         i = min(int(below), last)
         found[name] = (1 - rest) * ordered[i] + rest * ordered[min(i + 1, last)]
     return found | {"median": np.median(values)}
+
+
+def kld_histogram(scores: Scores) -> dict[str, list[float] | list[int]]:
+    """How many positions have a KL divergence from each edge to the next, all of them counted: what lies outside of
+    the edges is in the first bin or the last. One edge more than counts."""
+    inside = scores.positions["kld"].astype(np.float64).clip(KLD_EDGES[0], KLD_EDGES[-1])
+    return {"edges": KLD_EDGES.tolist(), "counts": np.histogram(inside, KLD_EDGES)[0].tolist()}
 
 
 def intervals(scores: Scores, resamples: int, level: float = 0.95, seed: int = 0) -> dict[str, tuple[float, float]]:
