@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 from typing import Any
+
+import numpy as np
 
 from gguf_moe.evaluation.plots import by_size, render
 from gguf_moe.gguf_file import write_whole
@@ -18,14 +21,14 @@ _STYLE = """
   :root { --paper: #15181c; --ink: #e6e9ec; --faint: #9aa3ac; --line: #343a41; --best: #56b4e9 }
 }
 body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-  max-width: 66rem; padding: 0 1rem; overflow-wrap: anywhere }
+  max-width: 74rem; padding: 0 1rem; overflow-wrap: anywhere }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin: 2.5rem 0 0.5rem }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.1rem 1rem } dd { margin: 0 }
 dt, .note, figcaption { color: var(--faint) } .warning { border-left: 4px solid #d55e00; padding-left: 0.75rem }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 0.875rem; overflow-wrap: normal }
-th, td { padding: 0.25rem 0.6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
-thead th { vertical-align: bottom } thead th, tbody th { font-weight: 600 }
-th:first-child, td:first-child { text-align: left } .best th { color: var(--best) }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-size: 0.875rem }
+tr { border-bottom: 1px solid var(--line) } thead th { vertical-align: bottom; overflow-wrap: normal }
+th, td { padding: 0.25rem 0.5rem; text-align: right; vertical-align: top } td { white-space: nowrap }
+th:first-child { text-align: left; min-width: 9rem } .best th { color: var(--best) }
 figure { margin: 0 } svg { max-width: 100%; height: auto }
 """
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -45,7 +48,7 @@ _TITLES = {
         "KL divergence that a share of the positions reaches or exceeds, up to the single worst at the right end.",
     ),
     "routing": (
-        "Routing",
+        "Same experts, by layer",
         "Scored tokens that go to the same experts as in the base, by layer. Mind where the scale begins.",
     ),
     "expert-load": (
@@ -54,6 +57,16 @@ _TITLES = {
         "in each file. A token counts for each of its experts.",
     ),
 }
+_FIGURES_NOTE = (
+    "★ No other file is as small and as near to the base. ± is one standard error, of the ratio with base and file "
+    "taken as pairs. KL is the divergence of the predictions from the base's, Δp the difference in the probability of "
+    "the text's own next token."
+)
+_ROUTING_NOTE = (
+    "Means over layers, against the base. Imbalance is the coefficient of variation of the experts' loads; an expert "
+    "starves with less than a tenth of an even share. Tokens sent elsewhere are those that any layer gave to other "
+    "experts; the more their share of the KL divergence exceeds theirs of tokens, the more the loss gathers there."
+)
 
 File = Mapping[str, Any]
 Column = tuple[str, Callable[[File], str]]
@@ -76,8 +89,7 @@ def write_page(report: Mapping[str, Any], path: Path) -> None:
 <body>
 <h1>{title}</h1>
 {_facts(report)}
-{_table(report)}
-{_figures(report)}
+{_sections(report)}
 </body>
 </html>
 """.encode(),
@@ -103,56 +115,58 @@ def _facts(report: Mapping[str, Any]) -> str:
     }
     rows = "\n".join(f"<dt>{name}</dt><dd>{_text(fact)}</dd>" for name, fact in facts.items())
     warnings = "".join(f'\n<p class="warning">{_text(warning)}</p>' for warning in report["warnings"])
-    return f'<dl>\n{rows}\n</dl>\n<p class="note">{_text(report["note"])}</p>{warnings}'
+    return f"<dl>\n{rows}\n</dl>\n{_note(_text(report['note']))}{warnings}"
 
 
-def _table(report: Mapping[str, Any]) -> str:
-    files, _ = by_size(report)
-    moe = all(file["routing"] for file in files)
-    columns = _BOTH + _COMPARED + (_ROUTED if moe else ())
-    head = "".join(f'<th scope="col">{title}</th>' for title, _ in columns)
-    rows = [_row(file, columns, "best" if file["name"] in report["pareto"] else "") for file in files]
-    rows.append(_row(report["base"], _BOTH, "base"))
+def _table(report: Mapping[str, Any], own: Sequence[Column], compared: Sequence[Column]) -> str:
+    """The files, the smallest first, and last the base, which has no columns that compare."""
+    head = "".join(f'<th scope="col">{title}</th>' for title, _ in (*own, *compared))
+    best = report["pareto"]
+    rows = [_row(file, (*own, *compared), file["name"] in best) for file in by_size(report)[0]]
+    rows.append(_row(report["base"], own, False))
     body = "\n".join(rows)
-    return f"""<h2>Figures</h2>
-<div class="wide"><table>
-<thead><tr>{head}</tr></thead>
-<tbody>
-{body}
-</tbody>
-</table></div>
-<p class="note">★ No other file is as small and as near to the base. ± is one standard error, of ratios and differences
-with base and file taken as pairs. KL is the divergence of the predictions from the base's, Δp the difference in the
-probability of the text's own next token.</p>"""
+    return f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>'
 
 
-def _row(file: File, columns: tuple[Column, ...], kind: str) -> str:
-    mark = "★ " if kind == "best" else ""
+def _row(file: File, columns: Sequence[Column], best: bool) -> str:
     first, *others = [cell(file) for _, cell in columns]
     cells = "".join(f"<td>{cell}</td>" for cell in others)
-    return f'<tr class="{kind}"><th scope="row">{mark}{first}</th>{cells}</tr>'
+    return f'<tr class="{"best" if best else ""}"><th scope="row">{"★ " if best else ""}{first}</th>{cells}</tr>'
 
 
 def _with_error(name: str, error: str, digits: int) -> Callable[[File], str]:
-    return lambda file: f"{file[name]:.{digits}f} ± {file[error]:.{digits}f}"
+    return lambda file: f"{file[name]:.{digits}f}<br><small>± {file[error]:.{digits}f}</small>"
 
 
 def _quantile(name: str) -> Callable[[File], str]:
     """With its interval, where the report has one."""
 
     def cell(file: File) -> str:
-        low_high = file.get("intervals", {}).get(name)
-        return f"{file[name]:.4f}" + (f" ({low_high[0]:.4f} to {low_high[1]:.4f})" if low_high else "")
+        value, *ends = map(_short, [file[name], *file.get("intervals", {}).get(name, ())])
+        return value + (f"<br><small>{' to<br>'.join(ends)}</small>" if ends else "")
 
     return cell
+
+
+def _short(value: float) -> str:
+    return np.format_float_positional(value, 3, unique=False, fractional=False)
+
+
+def _routing(name: str, digits: int = 4) -> Callable[[File], str]:
+    return lambda file: f"{file['routing'][name]:.{digits}f}"
 
 
 def _percent(name: str) -> Callable[[File], str]:
     return lambda file: f"{100 * file['routing'][name]:.2f} %"
 
 
-_BOTH: tuple[Column, ...] = (
-    ("file", lambda file: _text(file["name"])),
+def _loads(file: File) -> Mapping[str, Any]:
+    return file["load"] if "load" in file else file["routing"]["load"]  # the base's, a file's
+
+
+_NAME: Column = ("file", lambda file: _text(file["name"]))
+_OWN: tuple[Column, ...] = (
+    _NAME,
     ("level", lambda file: _text(file["quant"])),
     ("size", lambda file: size_text(file["size_bytes"])),
     ("bits per weight", lambda file: f"{file['bits_per_weight']:.2f}"),
@@ -168,21 +182,35 @@ _COMPARED: tuple[Column, ...] = (
     ("RMS Δp", lambda file: f"{file['dp_rms']:.3f} %"),
     ("same top token", lambda file: f"{file['same_top']:.2f} %"),
 )
+_OWN_LOAD: tuple[Column, ...] = (
+    _NAME,
+    ("imbalance", lambda file: f"{fmean(_loads(file)['variation']):.3f}"),
+    ("starving experts", lambda file: str(len(_loads(file)["starving"]))),
+)
 _ROUTED: tuple[Column, ...] = (
     ("same experts", _percent("same_set")),
     ("same first expert", _percent("same_first")),
+    ("Jaccard", _routing("jaccard")),
+    ("distance of weights", _routing("weight_l1")),
     ("tokens sent elsewhere", _percent("flipped")),
     ("their share of KL", _percent("kld_on_flipped")),
 )
 
 
-def _figures(report: Mapping[str, Any]) -> str:
-    parts = []
+def _sections(report: Mapping[str, Any]) -> str:
+    """The tables and the pictures."""
+    parts = ["<h2>Figures</h2>", _table(report, _OWN, _COMPARED), _note(_FIGURES_NOTE)]
     for name, data in render(report, "svg").items():
         stem = Path(name).stem
         title, caption = _TITLES[stem]
+        if stem == "routing":
+            parts += ["<h2>Routing</h2>", _table(report, _OWN_LOAD, _ROUTED), _note(_ROUTING_NOTE)]
         svg = data.decode()
         svg = svg[svg.index("<svg") :].replace("<svg", f'<svg role="img" aria-label="{title}"', 1)
         svg = re.sub(r'(\bid="|"#|url\(#)', rf"\g<1>{stem}-", svg)  # an id is the page's only one
         parts.append(f"<h2>{title}</h2>\n<figure>\n{svg}<figcaption>{caption}</figcaption>\n</figure>")
     return "\n".join(parts)
+
+
+def _note(text: str) -> str:
+    return f'<p class="note">{text}</p>'

@@ -137,14 +137,14 @@ def _ppl(report: Report) -> Figure:
     left.axvline(values[-1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     left.set_yticks([*rows, len(files)], [*labels, "base"])
     _scale(left.xaxis, values)
-    left.set(xlabel="perplexity, with its error on this text")
+    left.set(xlabel="perplexity ± its error")
     more, errors = 100 * np.array([(file["ppl_ratio"] - 1, file["ppl_ratio_error"]) for file in files]).T
     right.errorbar(more, rows, xerr=errors, fmt="o", markersize=4, color=LINES[1])
     right.axvline(0, color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
     for row in rows:
         _beside(right, row, f"{more[row]:+.2f} ± {errors[row]:.2f} %")
     right.grid(True, axis="x")
-    right.set(xlabel="% above the base's, with the paired error")
+    right.set(xlabel="% above the base's ± paired error")
     return figure
 
 
