@@ -154,9 +154,8 @@ def test_histograms_count_every_position_once() -> None:
     assert sum(counts) == 240
 
 
-@pytest.mark.parametrize(("layers", "experts"), [(3, 4), (30, 60)])
-def test_plots_are_whole_and_the_same_every_time(tmp_path: Path, layers: int, experts: int) -> None:
-    report = make(layers, experts)
+def test_plots_are_whole_and_the_same_every_time(tmp_path: Path) -> None:
+    report = make()
     paths = write_plots(report, tmp_path / "a")
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in MARKS for kind in ("png", "svg")]
     again = write_plots(report, tmp_path / "b")
@@ -299,9 +298,9 @@ def contrast(one: str, other: str) -> float:
     return (high + 0.05) / (low + 0.05)
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_browsers_draw_the_page(browser: str, tmp_path: Path, scheme: str) -> None:
-    path, _ = page(make(), tmp_path)
+@pytest.mark.parametrize(("scheme", "layers", "experts"), [("light", 3, 4), ("dark", 3, 4), ("dark", 30, 60)])
+def test_browsers_draw_the_page(browser: str, tmp_path: Path, scheme: str, layers: int, experts: int) -> None:
+    path, _ = page(make(layers, experts), tmp_path)
     option = f"--blink-settings=preferredColorScheme={['dark', 'light'].index(scheme)}"
     assert dump(browser, path, option)[1] == []
     probe = tmp_path / "probe.html"
@@ -318,7 +317,8 @@ def test_browsers_draw_the_page(browser: str, tmp_path: Path, scheme: str) -> No
         assert right - left > 300
         assert bottom - top > 100
         assert svg["paper"] == seen["paper"]
-        assert all(b[2] - b[0] > 10 and b[3] - b[1] > 10 for b in svg["images"])
+        for box in svg["images"]:
+            assert min(box[2] - box[0], box[3] - box[1]) > 5, box
         for text, fill, box in svg["texts"]:
             assert left - 1 <= box[0] < box[2] <= right + 1, text
             assert top - 1 <= box[1] < box[3] <= bottom + 1, text
