@@ -184,6 +184,18 @@ def test_plots_show_the_figures_of_the_report(tmp_path: Path) -> None:
     assert np.allclose(shown, np.ravel(changes), atol=0.051)
 
 
+def test_files_of_one_level_are_told_apart_by_name(tmp_path: Path) -> None:
+    report = make(experts=0, names={"Q4_K_S": "a-$x_1$.gguf", "Q4_K_M": f"b{'c' * 300}d.gguf"})
+    for file in report["files"][2:4]:
+        file["quant"] = "Q4_K"
+    write_plots(report, tmp_path)
+    words = {"Q2_K", "Q3_K_M", "a-$x_1$", f"b{'c' * 11}…{'c' * 11}d", "Q8_0"}
+    words |= {"size in MB", "mean KL divergence from the base"}
+    found = texts(tmp_path / "kl-size.svg")
+    assert words <= set(found)
+    assert all(float(text) > 0 for text in set(found) - words if text)  # at the axes
+
+
 def test_pages_say_what_was_measured_and_how(tmp_path: Path) -> None:
     report = make()
     _, found = page(report, tmp_path)
