@@ -36,7 +36,7 @@ _TITLES = {
     "kl-size": (
         "What each byte buys",
         "Mean KL divergence from the base against size. Filled and joined: no other file is as small and as near to "
-        "the base. Lower is better; a step of the scale is a factor of ten.",
+        "the base. Lower is better.",
     ),
     "perplexity": (
         "Perplexity",

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.gguf_file import write_whole
@@ -121,7 +122,9 @@ def _kld_size(report: Report) -> Figure:
         axes.annotate(labels[i], (size, kld), (5 * side, 4 * side), textcoords="offset points", **align)
     axes.margins(0.12, 0.1)
     _scale(axes.xaxis, sizes)
-    _log(axes.yaxis)
+    _scale(axes.yaxis, klds)
+    if axes.get_yscale() == "linear":
+        axes.set_ylim(0, 1.2 * max(klds))
     axes.set(xlabel=f"size in {name}", ylabel="mean KL divergence from the base")
     return figure
 
@@ -135,6 +138,7 @@ def _ppl(report: Report) -> Figure:
     left.errorbar(values[:-1], rows, xerr=errors[:-1], fmt="o", color=LINES[0])
     left.errorbar(values[-1], len(files), xerr=errors[-1], fmt="D", color=INK)
     left.axvline(values[-1], color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
+    left.set_ylim(-0.6, len(files) + 0.6)
     left.set_yticks([*rows, len(files)], [*labels, "base"])
     _scale(left.xaxis, values)
     left.set(xlabel="perplexity ± its error")
@@ -157,19 +161,19 @@ def _kld_tails(report: Report) -> Figure:
         edges, counts = (np.array(file["kld_histogram"][key]) for key in ("edges", "counts"))
         above = counts[::-1].cumsum()[::-1]
         shown = above > 1  # the last position is at the maximum itself
-        shares = np.append(above[shown], 1) / above[0]
+        shares = 100 * np.append(above[shown], 1) / above[0]
         klds = np.append(edges[:-1][shown], max(file["kld_max"], _SMALLEST_KLD))
         axes.plot(shares, klds, color=LINES[i % len(LINES)], linewidth=1.2)
         ends.append(klds[-1])
-    axes.set_xlim(1, 1 / report["scored"])
+    axes.set_xlim(100, 100 / report["scored"])
     axes.set_ylim(bottom=max(_SMALLEST_KLD / 2, min(ends) / 1e4))
     _log(axes.yaxis)
-    _log(axes.xaxis, lambda share: f"{100 * share:g} %")
+    _log(axes.xaxis)
     low, high = np.log(axes.get_ylim())
     places = (np.log(ends) - low) / (high - low)
     for i, (place, text) in enumerate(zip(places, _apart(places, 0.042))):
         _leader(axes, labels[i], place, text, LINES[i % len(LINES)])
-    axes.set(xlabel="share of positions that lose at least as much", ylabel="KL divergence of a position")
+    axes.set(xlabel="% of the positions that lose at least as much", ylabel="KL divergence of a position")
     return figure
 
 
@@ -180,11 +184,10 @@ def _leader(axes: Axes, label: str, place: float, text: float, color: str) -> No
 
 
 def _apart(places: Sequence[float], gap: float) -> np.ndarray:
-    """The places moved up, and down as a whole, until each is at least `gap` from the next."""
+    """The places moved up, or down from the top at 1, until each is at least `gap` from the next."""
     order = np.argsort(places)
     steps = np.arange(len(order)) * gap
-    moved = np.maximum.accumulate(np.asarray(places)[order] - steps) + steps
-    moved -= max(0.0, moved[-1] - 1)
+    moved = np.maximum.accumulate(np.asarray(places)[order] - steps).clip(None, 1 - steps[-1]) + steps
     return moved[np.argsort(order)]
 
 
@@ -197,10 +200,10 @@ def _agreement(report: Report) -> Figure:
     axes.set_xticks(*_thinned(routings[0]["load"]["layers"]))
     axes.set_yticks(range(len(files)), labels)
     axes.set(xlabel="layer")
-    _beside(axes, -1, "all layers")
+    axes.text(1.01, 1.03, "all layers", transform=axes.transAxes)
     for row, routing in enumerate(routings):
         _beside(axes, row, f"{100 * routing['same_set']:.1f}")
-    _bar(figure, image, axes, "% of tokens with the same experts")
+    _bar(figure, image, axes, "% with the same experts")
     return figure
 
 
@@ -238,7 +241,7 @@ _ROUTING_PICTURES: dict[str, _Draw] = {"routing": _agreement, "expert-load": _lo
 
 
 def _panels(rows: int, columns: int, height: float, width: float = _WIDTH, **options: Any) -> tuple[Figure, Any]:
-    figure = Figure((width, height), layout="constrained")
+    figure = Figure((width, max(height, 2.4)), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
@@ -247,18 +250,18 @@ def _panel(height: float) -> tuple[Figure, Axes]:
     return figure, grid[0, 0]
 
 
-def _scale(axis: Any, values: Sequence[float]) -> None:
+def _scale(axis: Axis, values: Sequence[float]) -> None:
     """Logarithmic where values differ by more than a decade."""
     if max(values) > 10 * min(values):
-        _log(axis)
-    else:
-        axis.grid(True)
+        _log(axis, (1, 2, 5) if max(values) < 1000 * min(values) else (1,))
+    axis.grid(True)
 
 
-def _log(axis: Any, text: Callable[[float], str] = "{:g}".format) -> None:
+def _log(axis: Axis, steps: Sequence[int] = (1,)) -> None:
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})
-    axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
-    axis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter("")
     axis.grid(True)
 
 

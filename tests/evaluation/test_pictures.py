@@ -260,6 +260,17 @@ def test_files_that_lost_nothing_are_drawn(tmp_path: Path) -> None:
     assert "nan" not in found.text
 
 
+def test_scales_are_logarithmic_only_over_decades(tmp_path: Path) -> None:
+    report = make()
+    write_plots(report, tmp_path)
+    assert "0.001" in texts(tmp_path / "kl-size.svg")
+    report["files"] = report["files"][:1]
+    write_plots(report, tmp_path)
+    numbers = {float(text) for text in texts(tmp_path / "kl-size.svg") if re.fullmatch(r"\d+\.\d+", text)}
+    assert 0 in numbers
+    assert 0.001 not in numbers
+
+
 PROBE = """<script>addEventListener("load", () => {
   const box = e => { const b = e.getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom] }
   const svgs = [...document.querySelectorAll("svg")].map(svg => ({
