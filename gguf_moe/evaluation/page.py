@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-
-import numpy as np
 
 from gguf_moe.evaluation.plots import by_size, render
 from gguf_moe.gguf_file import write_whole
@@ -149,7 +148,7 @@ def _quantile(name: str) -> Callable[[File], str]:
 
 
 def _short(value: float) -> str:
-    return np.format_float_positional(value, 3, unique=False, fractional=False)
+    return f"{Decimal(f'{value:.2e}'):f}"  # three digits, without an exponent
 
 
 def _routing(name: str, digits: int = 4) -> Callable[[File], str]:

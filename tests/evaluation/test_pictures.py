@@ -116,6 +116,8 @@ class Page(HTMLParser):
             self.cells.append([])
         if tag in ("td", "th"):
             self.cells[-1].append("")
+        if tag == "br":
+            self.handle_data(" ")
         if tag not in VOID:
             self.open.append(tag)
 
@@ -217,7 +219,11 @@ def test_pages_say_what_was_measured_and_how(tmp_path: Path) -> None:
     ]
     column = head.index("mean KL")
     for row, file in zip(rows, report["files"]):
-        assert row[column] == f"{file['kld_mean']:.6f}± {file['kld_error']:.6f}"
+        assert row[column] == f"{file['kld_mean']:.6f} ± {file['kld_error']:.6f}"
+        p99, low, high = (float(f"{value:.3g}") for value in (file["kld_p99"], *file["intervals"]["kld_p99"]))
+        shown = re.fullmatch(r"(\S+) (\S+) to (\S+)", row[head.index("KL at 99 %")])
+        assert shown
+        assert [float(part) for part in shown.groups()] == [p99, low, high]
     assert len(rows[-1]) == 5
 
 
