@@ -17,6 +17,8 @@ ALLOWED = {
     "card": "card_body donors errors gguf_file manifest metadata naming plan",
     "card_body": "donors manifest naming report",
     "manifest": "checkpoint errors gguf_file request",
+    "evaluation": "arch checkpoint errors evaluation gguf_file gguf_keys gguf_reader gguf_source mapping plan recipe "
+    "report request tokenizer",
     "report": "gguf_reader naming plan recipe",
     "convert": "duplicates errors filling gguf_file layout plan",
     "verify": "checkpoint checksums errors filling gguf_reader gguf_source layout mapping origin pool",

@@ -16,7 +16,6 @@ from neighbours import Llama
 from tokenizers import Tokenizer, pre_tokenizers
 from vocabularies import (
     TEXTS,
-    as_pre_tokenizer,
     differing,
     keys_of,
     known_limit,
@@ -28,6 +27,7 @@ from vocabularies import (
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.tokenizer import read_vocabulary
 from gguf_moe.tokenizer.pretokenizer_table import CHECK_TEXT, FAMILIES, HASHES, IGNORING_MERGES, NAMES
+from gguf_moe.tokenizer.pretokenizers import word_splitter
 
 SIZE = 1512  # of the embedding: 1500 trained tokens, one without merges, three added, the rest padding
 
@@ -37,7 +37,7 @@ def trained(family: str) -> dict:
     if family == "gpt-2":
         document = json.loads(train_byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False)))
     else:
-        document = json.loads(train_byte_level(as_pre_tokenizer(FAMILIES[family])))
+        document = json.loads(train_byte_level(word_splitter(FAMILIES[family])))
     document["model"]["ignore_merges"] = family in IGNORING_MERGES
     document["model"]["vocab"]["Ġzebra"] = 1500
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from ctypes import c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -293,4 +292,4 @@ def test_llama_cpp_loads_a_file_with_overrides(run, tmp_path: Path) -> None:
     result = run("convert", MERGE, "--bits", 8, *[f"--override-kv={o}" for o in overrides], "-o", path)
     assert result.exit_code == 0
     with Llama(path, context=32) as model:
-        assert model.lib.llama_model_n_ctx_train(c_void_p(model.model)) == 64
+        assert model.lib.llama_model_n_ctx_train(model.model) == 64

@@ -13,7 +13,7 @@ from pathlib import Path
 import gguf
 from checkpoints import DATA, MERGE
 from neighbours import Llama
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from gguf_moe.tokenizer import Vocabulary, read_vocabulary
 
@@ -118,15 +118,9 @@ def keys_of(vocabulary: Vocabulary, arch: str = "llama") -> dict[str, object]:
     }
 
 
-def as_pre_tokenizer(patterns: Iterable[str]) -> pre_tokenizers.PreTokenizer:
-    """A pre-tokenizer that cuts at and around each pattern, then turns bytes to letters."""
-    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
-    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-
-
 @cache
-def train_byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer, size: int = 1500) -> str:
-    """A byte-level BPE of `size` tokens, two of them special, trained on the calibration text and on Unicode."""
+def train_byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer, size: int = 1500, more: tuple[str, ...] = ()) -> str:
+    """A byte-level BPE of `size` tokens, two of them special, trained on the calibration text, Unicode and `more`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizer
     tokenizer.decoder = decoders.ByteLevel()
@@ -138,7 +132,7 @@ def train_byte_level(pre_tokenizer: pre_tokenizers.PreTokenizer, size: int = 150
         show_progress=False,
     )
     lines = CALIB.read_text().splitlines(keepends=True)[:800]
-    tokenizer.train_from_iterator([*lines, *PRE_TOKENIZER_STRINGS * 20, *awkward_strings()], trainer)
+    tokenizer.train_from_iterator([*lines, *PRE_TOKENIZER_STRINGS * 20, *awkward_strings(), *more * 5], trainer)
     return tokenizer.to_str()
 
 

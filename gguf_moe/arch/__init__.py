@@ -7,9 +7,9 @@ from gguf_moe.arch.base import Architecture, Fused, ModelFacts, Template
 from gguf_moe.checkpoint import Config
 from gguf_moe.errors import GgufMoeError
 
-__all__ = ["ARCHITECTURES", "Architecture", "Fused", "ModelFacts", "Template", "find_architecture"]
+__all__ = ["ARCHITECTURES", "FAMILIES", "Architecture", "Fused", "ModelFacts", "Template", "find_architecture"]
 
-_FAMILIES = (
+FAMILIES = (
     llama.MIXTRAL,
     llama.MISTRAL,
     llama.LLAMA,
@@ -19,7 +19,7 @@ _FAMILIES = (
     qwen2.ARCHITECTURE,
     qwen3.ARCHITECTURE,
 )
-ARCHITECTURES: dict[str, Architecture] = {name: family for family in _FAMILIES for name in family.hf_names}
+ARCHITECTURES: dict[str, Architecture] = {name: family for family in FAMILIES for name in family.hf_names}
 
 
 def find_architecture(config: Config) -> Architecture:

@@ -98,4 +98,5 @@ class Architecture:
     fused: tuple[Fused, ...] = ()
     aliases: tuple[tuple[str, str], ...] = ()  # other names of a source, old -> as in the templates
     ignored: tuple[str, ...] = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq")  # no weights
+    renormalized: bool = True  # llama.cpp scales the used experts' weights to a sum of 1
     needs_output: bool = False  # llama.cpp does not take the embedding for an absent output.weight

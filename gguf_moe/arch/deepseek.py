@@ -86,4 +86,5 @@ ARCHITECTURE = Architecture(
     add_keys=add_keys,
     add_last_keys=_add_last_keys,
     fused=FUSED,
+    renormalized=False,
 )

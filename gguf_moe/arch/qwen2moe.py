@@ -65,5 +65,6 @@ ARCHITECTURE = Architecture(
     add_keys=add_keys,
     add_last_keys=_add_last_keys,
     fused=FUSED,
+    renormalized=False,
     needs_output=True,
 )

@@ -139,9 +139,17 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 _CONTRACTIONS = "(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _LLAMA3 = _CONTRACTIONS + r"|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}" + _OTHERS
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
-_CASED_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def _cased(upper: str, lower: str, contractions: str, digits: str) -> str:
+    """Words begin where a lower letter is followed by an upper one."""
+    words = (rf"[^\r\n\p{{L}}\p{{N}}]?{upper}*{lower}+", rf"[^\r\n\p{{L}}\p{{N}}]?{upper}+{lower}*")
+    others = r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return "|".join(word + contractions for word in words) + f"|{digits}" + others
+
+
+_CASES = (r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]")
+_THREE_DIGITS = r"\p{N}{1,3}"
 _DEEPSEEK_LETTERS = (
     "\\s?[A-Za-z\u00b5\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373"
     "\u0376\u0377\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
@@ -154,6 +162,16 @@ _DEEPSEEK_LETTERS = (
     "\uff21-\uff3a\uff41-\uff5a\U00010400-\U0001044f\U000104b0-\U000104d3\U000104d8-\U000104fb\U00010c80-"
     "\U00010cb2\U00010cc0-\U00010cf2\U000118a0-\U000118df\U0001e900-\U0001e943]+"
 )
+_DEEPSEEK_MARKS = "!-/:-~\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002"
+_DEEPSEEK_CJK = "\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff"
+
+
+def _deepseek_llm(but: str, digits: str) -> tuple[str, ...]:
+    """`but` narrows the classes of marks and of Chinese, Japanese and Korean letters."""
+    marks, letters = rf"\s?[{_DEEPSEEK_MARKS}{but}]+", f"[{_DEEPSEEK_CJK}{but}]+"
+    return "[\r\n]", _DEEPSEEK_LETTERS, marks, r"\s+$", letters, digits
+
+
 FAMILIES: dict[str, tuple[str, ...]] = {
     "llama-bpe": (_LLAMA3,),
     "smaug-bpe": (_LLAMA3,),
@@ -162,19 +180,12 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         _CONTRACTIONS
         + r"|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     ),
-    "tekken": ("|".join(_CASED) + r"|\p{N}" + _CASED_OTHERS,),
-    "gpt-4o": ("|".join(f"{words}{_CONTRACTIONS}?" for words in _CASED) + r"|\p{N}{1,3}" + _CASED_OTHERS,),
+    "tekken": (_cased(*_CASES, "", r"\p{N}"),),
+    "gpt-4o": (_cased(*_CASES, f"{_CONTRACTIONS}?", _THREE_DIGITS),),
     "gpt-2": (GPT2,),
     "smollm": (r"\p{N}", GPT2),
-    "deepseek-llm": (
-        "[\r\n]",
-        _DEEPSEEK_LETTERS,
-        r"\s?[!-/:-~" + "\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+",
-        r"\s+$",
-        "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+",
-        r"\p{N}",
-    ),
-    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", "[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"),
+    "deepseek-llm": _deepseek_llm("", r"\p{N}"),
+    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", f"[{_DEEPSEEK_CJK}]+", r"\p{N}"),
     "deepseek-v3": (
         r"\p{N}{1,3}",
         "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -182,3 +193,23 @@ FAMILIES: dict[str, tuple[str, ...]] = {
         " ?[\\p{P}\\p{S}]+[\r\n]*|\\s*[\r\n]+|\\s+(?!\\S)|\\s+",
     ),
 }
+
+# How llama.cpp itself splits where that is not quite as the tokenizers do: all letters but ASCII's have both cases, a
+# space is in no other class of characters, digits stay together.
+_LLAMA_CPPS_CASES = (r"(?:(?=\p{L})[^a-z])", r"(?:(?=\p{L})[^A-Z])")
+LLAMA_CPPS = FAMILIES | {
+    "tekken": (_cased(*_LLAMA_CPPS_CASES, "", r"\p{N}"),),
+    "gpt-4o": (_cased(*_LLAMA_CPPS_CASES, f"{_CONTRACTIONS}?", _THREE_DIGITS),),
+    "deepseek-llm": _deepseek_llm(r"&&\S", r"\p{N}+"),
+    "deepseek-coder": ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", rf"[{_DEEPSEEK_CJK}&&\S]+", r"\p{N}"),
+}
+# ... and the other names under which it does so; found by trying them all.
+_ALIASES = {
+    "llama-bpe": "chatglm-bpe dbrx falcon-h1 falcon3 glm4 lfm2 llama-v3 llama3 midm-2.0 pixtral",
+    "qwen2": "bailingmoe bailingmoe2 deepseek-r1-qwen f2llmv2 grok-2 hunyuan kormo llada-moe megrez solar-open stablelm2",
+    "gpt-4o": "kanana2 llama4 minimax-m2 talkie",
+    "gpt-2": "a.x-4.0 exaone4 gigachat granite-docling jais mellum mpt olmo phi-2 trillion",
+    "smollm": "codeshell command-r exaone mellum2 minerva-7b refact starcoder",
+    "deepseek-v3": "hunyuan-dense hy_v4 joyai-llm",
+}
+LLAMA_CPPS |= {name: LLAMA_CPPS[family] for family, names in _ALIASES.items() for name in names.split()}

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+from collections.abc import Iterable
+
+from tokenizers import Regex, pre_tokenizers
 
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.tokenizer.pretokenizer_table import CHECK_TEXT, FAMILIES, GPT2, HASHES, IGNORING_MERGES, NAMES
@@ -75,3 +78,9 @@ def _patterns(file: BpeFile) -> list[str]:
         elif step.get("use_regex", True):
             patterns.append(GPT2)
     return patterns
+
+
+def word_splitter(patterns: Iterable[str]) -> pre_tokenizers.PreTokenizer:
+    """A pre-tokenizer that cuts at and around each match of the patterns in turn, then turns bytes to letters."""
+    splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    return pre_tokenizers.Sequence([*splits, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])

@@ -1,4 +1,4 @@
-"""Logits and greedy continuations of the bundled merge by transformers, in float32, as golden data for the tests.
+"""Logits, experts of each token and greedy continuations of the bundled merge by transformers, in float32: golden data.
 
 usage: make_transformers_golden.py     (needs torch and transformers; writes tests/golden/transformers.npz)
 """
@@ -29,7 +29,10 @@ def main() -> None:
     for i, prompt in enumerate(PROMPTS):
         ids = tokenizer(prompt)["input_ids"]
         arrays[f"prompt{i}"] = np.array(ids, np.int32)
-        arrays[f"logits{i}"] = model(torch.tensor([ids])).logits[0, -4:].numpy().astype(np.float32)
+        output = model(torch.tensor([ids]), output_router_logits=True)
+        arrays[f"logits{i}"] = output.logits[0, -4:].numpy().astype(np.float32)
+        chosen = [scores.topk(model.config.num_experts_per_tok).indices for scores in output.router_logits]
+        arrays[f"experts{i}"] = torch.stack(chosen).numpy().astype(np.int8)  # [layers, tokens, used experts]
         for _ in range(NEW_TOKENS):
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
         arrays[f"greedy{i}"] = np.array(ids, np.int32)
