@@ -282,3 +282,10 @@ def _check_one_layout(checkpoint: Checkpoint, architecture: Architecture) -> Non
         raise GgufMoeError(
             f"{checkpoint.directory}: two expert layouts are mixed, {fused} (fused) and {single} (one an expert)"
         )
+
+
+def without_outer_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shape as llama.cpp's quantizer writes it."""
+    while len(shape) > 1 and shape[0] == 1:
+        shape = shape[1:]
+    return shape

@@ -15,6 +15,7 @@ from gguf_moe.cli.convert import convert
 from gguf_moe.cli.export import export
 from gguf_moe.cli.inspect import inspect
 from gguf_moe.cli.reshard import merge, split
+from gguf_moe.cli.validate import validate
 from gguf_moe.cli.verify import verify
 from gguf_moe.errors import GgufMoeError
 
@@ -39,7 +40,7 @@ def cli() -> None:
     """Convert merged mixtures of experts to GGUF files, with the bytes that llama.cpp would have written."""
 
 
-for command in (convert, export, inspect, merge, split, verify):
+for command in (convert, export, inspect, merge, split, validate, verify):
     cli.add_command(command)
 
 

@@ -62,7 +62,7 @@ def request_options(command: Callable) -> Callable:
     return command
 
 
-class _Size(click.ParamType):
+class Size(click.ParamType):
     """Bytes, in decimal units as llama.cpp's tools take them."""
 
     name = "size"
@@ -77,7 +77,7 @@ class _Size(click.ParamType):
 def splitting_options(command: Callable) -> Callable:
     """The options that become a `Splitting`, which the command takes as `splitting`; None where none is given."""
 
-    @click.option("--split-max-size", type=_Size(), metavar="N[K|M|G]", help="Shards of at most as many bytes of data.")
+    @click.option("--split-max-size", type=Size(), metavar="N[K|M|G]", help="Shards of at most as many bytes of data.")
     @click.option("--split-max-tensors", type=click.IntRange(1), metavar="N", help="Shards of at most N tensors.")
     @click.option("--no-tensor-first-split", is_flag=True, help="A first shard with the metadata alone.")
     @wraps(command)

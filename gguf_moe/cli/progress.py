@@ -40,6 +40,22 @@ def progress_bar(*, leave: bool = True) -> Iterator[Callable[[Progress], None]]:
 
 
 @contextmanager
+def progress_share(unit: int) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal for what is done of a total, both in parts of which `unit` are one chunk. Elsewhere nothing.
+    It goes when all is done."""
+    with tqdm(
+        unit=" chunks", unit_scale=1 / unit, dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty()
+    ) as bar:
+
+        def advance(done: int, total: int) -> None:
+            if bar.total is None:
+                bar.total, bar.initial, bar.n = total, done, done
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+@contextmanager
 def progress_lines() -> Iterator[Callable[[Progress], None]]:
     """A bar on a terminal, a line for every tenth otherwise."""
     if sys.stderr.isatty():

@@ -42,3 +42,39 @@ class Routed:
     layer: int
     base: Routing
     routing: Routing
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What evaluation holds at once, in bytes, and how the chunks are shared out. Upper bounds."""
+
+    held: int  # by the process already: Python, torch and what the caller has; 0 on a device with memory of its own
+    matrices: int  # of the largest group that is in memory together
+    between: int  # activations of the tokens that pass them at once, and the libraries' buffers
+    per_chunk: int  # hidden states of all models, one layer's input and its routing
+    logits: int  # of `group` chunks, base and one model, with what scoring makes of them
+    group: int  # chunks whose logits exist together
+    sweep: int  # chunks of a sweep
+
+    @property
+    def total(self) -> int:
+        """The peak."""
+        return self.held + max(self.matrices + self.between, self.logits) + self.sweep * self.per_chunk
+
+
+@dataclass(frozen=True)
+class Started:
+    """All is checked and the work begins."""
+
+    chunks: int
+    context: int  # tokens of a chunk
+    done: int  # chunks that an earlier run has finished
+    sweep: int  # chunks of a sweep
+    memory: MemoryPlan | None  # None where the engine does not tell
+
+
+@dataclass(frozen=True)
+class Notice:
+    """A warning: one line."""
+
+    text: str

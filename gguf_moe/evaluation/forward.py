@@ -17,7 +17,8 @@ from gguf_moe.arch.rope import Rope
 from gguf_moe.evaluation.events import Routing
 from gguf_moe.evaluation.hyper import Hyper, read_hyper
 from gguf_moe.evaluation.layer import Layer, Observer, Rotation, normalized
-from gguf_moe.evaluation.source import ModelSource, Weights
+from gguf_moe.evaluation.source import ModelSource
+from gguf_moe.evaluation.weights import Weights
 
 PANEL_WEIGHTS = 1 << 24  # of the output matrix that are in memory at once
 BETA_FAST, BETA_SLOW = 32, 1  # YaRN's: turns within the original context, above and below which waves are short, long

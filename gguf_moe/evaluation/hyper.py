@@ -13,7 +13,7 @@ from gguf_moe.arch.rope import Rope
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.evaluation.source import ModelSource
 from gguf_moe.gguf_keys import ModelKeys, expert_count
-from gguf_moe.mapping import absent_text
+from gguf_moe.mapping import absent_text, without_outer_ones
 
 _LLM, _Attention, _Rope = gguf.Keys.LLM, gguf.Keys.Attention, gguf.Keys.Rope
 _MOST = (1 << 31) - 1
@@ -120,7 +120,7 @@ def _check_tensors(source: ModelSource, hyper: Hyper) -> None:
                 f"{source.path}: tensor {name} is unknown to the evaluation of architecture {hyper.architecture.name}"
             )
         shape, _ = expected[name]
-        if _without_outer_ones(tensor.shape) != _without_outer_ones(shape):
+        if without_outer_ones(tensor.shape) != without_outer_ones(shape):
             raise GgufMoeError(
                 f"{source.path}: tensor {name} has shape {list(tensor.shape)}, expected {list(shape)} by its keys"
             )
@@ -136,10 +136,3 @@ def _expected(hyper: Hyper) -> Iterator[tuple[str, tuple[int, ...], Template]]:
         shape = (facts.experts, *shape) if template.stacked else shape
         for layer in template.layers(facts) if "{layer}" in template.target else (None,):
             yield template.target.format(layer=layer), shape, template
-
-
-def _without_outer_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """llama.cpp's quantizer writes none."""
-    while len(shape) > 1 and shape[0] == 1:
-        shape = shape[1:]
-    return shape

@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812 - as everyone calls it
 
 from gguf_moe.evaluation.events import Routing
 from gguf_moe.evaluation.hyper import Hyper
-from gguf_moe.evaluation.source import Weights
+from gguf_moe.evaluation.weights import Weights
 
 PIECE_TOKENS = 1024  # pass a matrix at once: enough to keep a processor busy, few enough to bound what is in between
 MIN_WEIGHT_SUM = 2.0**-14  # llama.cpp's, where it scales the used experts' weights to a sum of 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -21,11 +21,14 @@ from typing import NoReturn
 import numpy as np
 
 from gguf_moe.errors import GgufMoeError, UsageError
+from gguf_moe.evaluation.engines import Loaded, Settings
 from gguf_moe.evaluation.events import Progress, Scored
+from gguf_moe.evaluation.source import ModelSource
 from gguf_moe.evaluation.text import TextTokenizer
 
 _INSTALL = "pip install 'gguf-moe[llama-cpp]'"
 _ERROR, _F32 = 4, 0  # llama.cpp's level of log lines, and type of a cache
+_SWEEP = 8  # chunks after which what is done is kept
 _MICRO_BATCH = 512  # tokens computed at once; llama.cpp's default
 
 
@@ -206,30 +209,55 @@ class Llama:
         return np.ctypeslib.as_array(flat, (len(tokens) - first, self.size)).copy()
 
 
-def sweep(
-    files: Sequence[Path],
-    windows: np.ndarray,
-    threads: int | None = None,
-    on_progress: Callable[[Progress], None] = lambda progress: None,
-) -> Iterator[Scored]:
-    """Run the base, which is the first, and other GGUF files through windows of token ids [chunks, context], as
-    llama-perplexity runs them: with llama.cpp's defaults. No routing comes out of it.
-
-    threads: all cores by default. All models are loaded at once, mapped from their files. Raises UsageError where
-    xllamacpp is not installed, GgufMoeError for a file that llama.cpp does not run.
+@contextmanager
+def load(files: Sequence[Path], context: int, threads: int | None = None) -> Iterator[list[Llama]]:
+    """GGUF files as llama-perplexity runs them, with llama.cpp's defaults; all at once, mapped. threads: all cores by
+    default. Raises UsageError where xllamacpp is not installed, GgufMoeError for a file that llama.cpp does not load.
     """
-    chunks, context = windows.shape
-    first, done = context // 2, 0
     settings = {"context": context, "exact": False, "threads": threads or os.cpu_count() or 1}
     with ExitStack() as stack:
-        models = [stack.enter_context(Llama(path, **settings)) for path in files]
-        for chunk, window in enumerate(windows):
-            base = None
-            for number, model in enumerate(models):
-                logits = model.logits(window, first)[:-1]
-                base = logits if base is None else base
-                yield Scored(number, chunk, base, logits, window[first + 1 :])
-                on_progress(Progress(done := done + 1, chunks * len(models)))
+        yield [stack.enter_context(Llama(path, **settings)) for path in files]
 
 
-__all__ = ["Llama", "libllama", "sweep"]
+def sweep(
+    models: Sequence[Llama], windows: np.ndarray, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> Iterator[Scored]:
+    """Run the base, which is the first, and other models through windows of token ids [chunks, context]. No routing
+    comes out of it. Raises GgufMoeError for a model that llama.cpp does not run."""
+    chunks, context = windows.shape
+    first, done = context // 2, 0
+    for chunk, window in enumerate(windows):
+        base = None
+        for number, model in enumerate(models):
+            logits = model.logits(window, first)[:-1]
+            base = logits if base is None else base
+            yield Scored(number, chunk, base, logits, window[first + 1 :])
+            on_progress(Progress(done := done + 1, chunks * len(models)))
+
+
+class Engine:
+    """See `engines.Engine`."""
+
+    NOTE = (
+        "By llama.cpp on the processor, which rounds activations to 8 bits beside the weights, most of the KL divergence "
+        "at 6 and 8 bits; --engine torch measures without that, and the routing."
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.memory is not None or (settings.device, settings.dtype) != (Settings.device, Settings.dtype):
+            raise UsageError("--memory, --device and --dtype are for --engine torch; llama.cpp maps whole files")
+        libllama()
+        self.context = settings.context
+
+    @contextmanager
+    def tokenizer(self, base: ModelSource) -> Iterator[TextTokenizer]:
+        with Llama(base.path, vocabulary_only=True) as model:
+            yield model.text_tokenizer()
+
+    @contextmanager
+    def load(self, sources: Sequence[ModelSource], chunks: int, most: int | None) -> Iterator[Loaded]:
+        with load([source.path for source in sources], self.context) as models:
+            yield Loaded(min(chunks, most or _SWEEP), None, lambda windows, show: sweep(models, windows, show))
+
+
+__all__ = ["Engine", "Llama", "libllama", "load", "sweep"]

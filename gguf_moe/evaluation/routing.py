@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,26 @@ class RoutingScores:
         distance = np.abs(base.clip(0) - model.clip(0)).sum(1)
         self.sums[layer] += [same_set.sum(), same_first.sum(), (common / all_).sum(), distance.sum()]
         self.flipped[layer].append(~same_set)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that is known, to be kept; `from_arrays` takes it up again."""
+        layers = sorted(self.sums)
+        return {
+            "layers": np.array(layers),
+            "tokens": np.array([self.load.tokens[layer] for layer in layers]),
+            "load": np.stack([self.load.sums[layer] for layer in layers]),
+            "sums": np.stack([self.sums[layer] for layer in layers]),
+            "flipped": np.stack([np.concatenate(self.flipped[layer]) for layer in layers]),
+        }
+
+    @classmethod
+    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> RoutingScores:
+        """What `arrays` has given."""
+        scores = cls(ExpertLoad(arrays["load"].shape[2]))
+        for i, layer in enumerate(arrays["layers"].tolist()):
+            scores.load.tokens[layer], scores.load.sums[layer] = int(arrays["tokens"][i]), arrays["load"][i]
+            scores.sums[layer], scores.flipped[layer] = arrays["sums"][i], [arrays["flipped"][i]]
+        return scores
 
 
 def _dense(experts: Any, weights: Any, count: int) -> np.ndarray:

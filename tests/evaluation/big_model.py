@@ -66,11 +66,7 @@ def main() -> None:
     directory = Path(sys.argv[1])
     write(directory, 4 * memory)
     models = [model(directory)] * 2
-    plan = plan_memory(models, CHUNKS, CONTEXT, memory)
-    for chunks in plan.sweeps:
-        for _ in sweep(models, windows(len(chunks), CONTEXT), plan.group):
-            pass
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+@@    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     used = int(status["VmHWM"].split()[0]) << 10
     size = models[0].weights.source.size_bytes
     print(json.dumps({"memory": memory, "planned": plan.total, "used": used, "size": size, "sweeps": len(plan.sweeps)}))

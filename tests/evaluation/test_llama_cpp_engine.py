@@ -16,7 +16,7 @@ from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.evaluation import llama_cpp
 from gguf_moe.evaluation.events import Progress
 from gguf_moe.evaluation.figures import Scores, figures
-from gguf_moe.evaluation.llama_cpp import libllama, sweep
+from gguf_moe.evaluation.llama_cpp import libllama, load, sweep
 from gguf_moe.evaluation.text import EvaluationText, read_text
 
 EVALUATION = json.loads((GOLDEN / "tidepool.eval.json").read_text())["files"]
@@ -31,8 +31,10 @@ def evaluation_text(path: Path, chunks: int | None = None) -> EvaluationText:
 def evaluate(files: list[Path], chunks: int | None = None) -> list[dict[str, float]]:
     """The figures of all files, the first of which is the base."""
     scores = [Scores(str(path)) for path in files]
-    for event in sweep(files, evaluation_text(files[0], chunks).windows, threads=1):
-        scores[event.model].add(event.base, event.logits, event.targets)
+    text = evaluation_text(files[0], chunks)
+    with load(files, 512, threads=1) as models:
+        for event in sweep(models, text.windows):
+            scores[event.model].add(event.base, event.logits, event.targets)
     return [figures(score) for score in scores]
 
 
@@ -71,7 +73,8 @@ def test_windows_are_evaluated_alone_and_the_base_once(made, monkeypatch: pytest
     logits = llama_cpp.Llama.logits
     monkeypatch.setattr(llama_cpp.Llama, "logits", lambda self, *a: calls.append(self.path) or logits(self, *a))
     progress: list[Progress] = []
-    events = list(sweep(files, text.windows, 1, progress.append))
+    with load(files, 512, threads=1) as models:
+        events = list(sweep(models, text.windows, progress.append))
     assert calls == files * 2
     assert progress == [Progress(done, 6) for done in range(1, 7)]
     assert [(event.model, event.chunk) for event in events] == [(m, c) for c in (0, 1) for m in (0, 1, 2)]
@@ -88,15 +91,18 @@ def test_without_xllamacpp_it_says_how_to_get_it(made, monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "xllamacpp.xllamacpp", None)
     libllama.cache_clear()
     with pytest.raises(UsageError, match=r"--engine llama\.cpp needs the xllamacpp package .*pip install 'gguf-moe\["):
-        next(sweep([made("json", "Q2_K")], np.zeros((1, 8), np.int32)))
+        load([made("json", "Q2_K")], 8).__enter__()
     libllama.cache_clear()
 
 
 def test_what_llama_cpp_does_not_run_is_refused(made, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="takes GGUF files only; convert the checkpoint to one first"):
-        next(sweep([MERGE], np.zeros((1, 8), np.int32)))
+        load([MERGE], 8).__enter__()
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(GgufMoeError, match=r"a\.gguf: llama\.cpp does not load it: .+"):
-        next(sweep([made("json", "Q2_K"), tmp_path / "a.gguf"], np.zeros((1, 8), np.int32)))
-    with pytest.raises(GgufMoeError, match=r"llama\.cpp does not evaluate it \(status -1\): .*invalid token.*"):
-        next(sweep([made("json", "Q2_K")], np.full((1, 8), 4096, np.int32)))
+        load([made("json", "Q2_K"), tmp_path / "a.gguf"], 8).__enter__()
+    with (
+        load([made("json", "Q2_K")], 8) as models,
+        pytest.raises(GgufMoeError, match=r"llama\.cpp does not evaluate it \(status -1\): .*invalid token.*"),
+    ):
+        next(sweep(models, np.full((1, 8), 4096, np.int32)))

@@ -14,7 +14,8 @@ from gguf_files import Parts, changed, sharded
 from running import model
 
 from gguf_moe.errors import GgufMoeError
-from gguf_moe.evaluation.source import Weights, open_model
+from gguf_moe.evaluation.source import open_model
+from gguf_moe.evaluation.weights import Weights
 
 U32, F32 = gguf.GGUFValueType.UINT32, gguf.GGUFValueType.FLOAT32
 

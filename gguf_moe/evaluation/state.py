@@ -1,0 +1,118 @@
+"""What an interrupted validation keeps: the positions of finished sweeps, and of what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gguf_moe import __version__
+from gguf_moe.errors import GgufMoeError
+from gguf_moe.evaluation.engines import Settings
+from gguf_moe.evaluation.figures import POSITION, Scores
+from gguf_moe.evaluation.routing import RoutingScores
+from gguf_moe.evaluation.source import ModelSource
+from gguf_moe.evaluation.text import EvaluationText
+from gguf_moe.gguf_file import write_whole
+
+_ROUTING = ("layers", "tokens", "load", "sums", "flipped")
+
+
+@dataclass
+class Measured:
+    """What is known of a model."""
+
+    scores: Scores
+    routing: RoutingScores | None = None
+
+
+@dataclass
+class State:
+    """The finished chunks of a validation: for the base, which is the first, and each file, what is known of them."""
+
+    identity: dict[str, Any]  # what it all follows from
+    models: list[Measured]
+    sweep: int | None = None  # chunks of a sweep
+
+    @property
+    def done(self) -> int:
+        """How many chunks are finished."""
+        return len(self.models[0].scores.chunks)
+
+
+def identity(sources: Sequence[ModelSource], text: EvaluationText, settings: Settings) -> dict[str, Any]:
+    """All that figures follow from, in JSON values: program, engine, text, windows, and the state of all files."""
+    return {
+        "gguf-moe": __version__,
+        "engine": settings.engine,
+        "device": settings.device,
+        "dtype": settings.dtype,
+        "text": text.sha256,
+        "ctx": settings.context,
+        "chunks": len(text.windows),
+        "tokens": hashlib.sha256(text.windows.tobytes()).hexdigest(),
+        **{"base" if n == 0 else f"file {n}": _source_identity(source) for n, source in enumerate(sources)},
+    }
+
+
+def _source_identity(source: ModelSource) -> dict[str, Any]:
+    files = {slab.source.file for tensor in source.tensors.values() for slab in tensor.slabs}
+    stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
+    keys = [(key, str(item.value)) for key, item in source.keys.items() if np.isscalar(item.value)]
+    return {"name": source.name, "files": stats, "keys": hashlib.sha256(repr(keys).encode()).hexdigest()}
+
+
+def write_state(path: Path, state: State) -> None:
+    """Replace a state file, whole or not at all."""
+    arrays = {"identity": np.array(json.dumps(state.identity)), "sweep": np.array(state.sweep)}
+    for number, model in enumerate(state.models):
+        arrays[f"{number}.positions"] = np.stack(model.scores.chunks)
+        if model.routing:
+            arrays |= {f"{number}.{name}": array for name, array in model.routing.arrays().items()}
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    write_whole(path, data.getvalue())
+
+
+def read_state(path: Path, state: State) -> str | None:
+    """Take up into a new state what a state file has; where it is of another validation, the first difference instead.
+
+    Raises GgufMoeError for a file that is no state file, which is left alone, and where there is no directory for it.
+    """
+    if not path.absolute().parent.is_dir():
+        raise GgufMoeError(f"{path}: no such directory")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = json.loads(str(arrays["identity"]))
+            if (different := _first_difference(found, state.identity)) is not None:
+                return different
+            models = [_read_model(arrays, n, model.scores.name) for n, model in enumerate(state.models)]
+            state.sweep, state.models = int(arrays["sweep"]), models
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        reason = " ".join(str(error).split())
+        raise GgufMoeError(
+            f"{path}: not a whole state file of a validation ({reason}); remove it to begin anew"
+        ) from None
+    return None
+
+
+def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | None:
+    different = [key for key in {**expected, **found} if found.get(key) != expected.get(key)]
+    return different[0] if different else None
+
+
+def _read_model(arrays: Any, number: int, name: str) -> Measured:
+    positions = arrays[f"{number}.positions"]
+    if positions.dtype != POSITION or positions.ndim != 2:
+        raise ValueError(f"positions of model {number} are {positions.dtype} {positions.shape}")
+    routing = {key: arrays[f"{number}.{key}"] for key in _ROUTING} if f"{number}.load" in arrays else None
+    return Measured(Scores(name, list(positions)), RoutingScores.from_arrays(routing) if routing else None)

@@ -1,0 +1,93 @@
+"""Validation: a base and its quantized files through a text, sweep by sweep, to a report of what each has lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from gguf_moe.evaluation.engines import Engine, Loaded, Settings, open_engine
+from gguf_moe.evaluation.events import Notice, Progress, Routed, Scored, Started
+from gguf_moe.evaluation.figures import Scores
+from gguf_moe.evaluation.guards import calibration_warnings, check_alike
+from gguf_moe.evaluation.results import make_report
+from gguf_moe.evaluation.routing import ExpertLoad, RoutingScores
+from gguf_moe.evaluation.source import ModelSource, open_model
+from gguf_moe.evaluation.state import Measured, State, identity, read_state, write_state
+from gguf_moe.evaluation.text import EvaluationText, read_text
+from gguf_moe.gguf_keys import ModelKeys, expert_count
+
+STEPS = 100  # of progress, a chunk
+Event = Started | Progress | Notice
+
+
+def read_windows(base: ModelSource, text: Path, settings: Settings) -> tuple[Engine, EvaluationText]:
+    """The engine and the text in the base's tokens. Raises UsageError where the engine is not there, and as
+    `read_text` does."""
+    engine = open_engine(settings)
+    with engine.tokenizer(base) as tokenizer:
+        return engine, read_text(text, tokenizer, context=settings.context, chunks=settings.chunks)
+
+
+def validate(
+    base: Path,
+    files: Sequence[Path],
+    text: Path,
+    settings: Settings,
+    on_event: Callable[[Event], None] = lambda event: None,
+) -> dict[str, Any]:
+    """The report of what `files` lost against `base`, a checkpoint or a GGUF file, on a text.
+
+    With `settings.state` finished sweeps are kept there, and a further call goes on behind them; whoever has the report
+    removes the file. Raises UsageError for settings that cannot be had, GgufMoeError for files that are not the base's,
+    or not whole, and for a text that is too short.
+    """
+    sources = [open_model(path) for path in (base, *files)]
+    for source in sources[1:]:
+        check_alike(sources[0], source)
+    engine, read = read_windows(sources[0], text, settings)
+    warnings = [*sources[0].warnings, *calibration_warnings(sources, read)]
+    for warning in warnings:
+        on_event(Notice(warning))
+    state = State(identity(sources, read, settings), [Measured(Scores(str(source.path))) for source in sources])
+    if settings.state and (different := read_state(settings.state, state)):
+        on_event(Notice(f"{settings.state}: begun anew, the earlier run had another {different}"))
+    if state.done < len(read.windows):
+        with engine.load(sources, len(read.windows) - state.done, state.sweep) as loaded:
+            on_event(Started(*read.windows.shape, state.done, loaded.chunks, loaded.memory))
+            _run(loaded, sources[0], read, state, settings, on_event)
+    return make_report(sources, state.models, read, settings, engine.NOTE, warnings)
+
+
+def _run(
+    loaded: Loaded,
+    base: ModelSource,
+    text: EvaluationText,
+    state: State,
+    settings: Settings,
+    on_event: Callable[[Event], None],
+) -> None:
+    """Run what is left, a sweep at a time."""
+    experts, total = expert_count(ModelKeys(base.path, base.keys)), len(text.windows)
+    state.sweep = state.sweep or loaded.chunks
+    for start in range(state.done, total, loaded.chunks):
+        windows = text.windows[start : start + loaded.chunks]
+
+        def show(progress: Progress, start: int = start, count: int = len(windows)) -> None:
+            on_event(Progress(STEPS * start + STEPS * count * progress.done // progress.total, STEPS * total))
+
+        for event in loaded.sweep(windows, show):
+            _note(event, state.models[event.model], text.first, experts)
+        if settings.state:
+            write_state(settings.state, state)
+
+
+def _note(event: Routed | Scored, model: Measured, first: int, experts: int) -> None:
+    """Take an event into what is known of its model."""
+    if isinstance(event, Scored):
+        model.scores.add(event.base, event.logits, event.targets)
+        return
+    model.routing = model.routing or RoutingScores(ExpertLoad(experts))
+    ours, theirs = event.routing, event.base
+    for arrays in zip(theirs.experts, theirs.weights, ours.experts, ours.weights):  # a chunk each
+        model.routing.add(event.layer, *(array[first:-1] for array in arrays))
