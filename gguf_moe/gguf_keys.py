@@ -19,8 +19,6 @@ from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.mapping import MappedTensor
 from gguf_moe.recipe import FileType, RecipeFacts, category_of
 
-IMATRIX_TEXT = "gguf_moe.imatrix.text_sha256"  # of the calibration text's file, in hex; an array of several texts
-IMATRIX_DATASET = "quantize.imatrix.dataset"  # llama.cpp's: the text's name
 _STACK = re.compile(r"blk\.\d+\.ffn_(gate|down|up|gate_up)_exps\.weight")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _General, _Tokenizer, _LLM = gguf.Keys.General, gguf.Keys.Tokenizer, gguf.Keys.LLM

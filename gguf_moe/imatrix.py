@@ -21,6 +21,7 @@ from gguf_moe.mapping import MappedTensor
 
 DATASETS, CHUNKS, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
 TEXT_HASH = "gguf_moe.imatrix.text_sha256"  # of the calibration text; in the imatrix and in what is made with it
+DATASET = "quantize.imatrix.dataset"  # llama.cpp's key in a model: the text's name
 KIND = "imatrix"  # general.type
 MAX_TEXT_BYTES = 127  # of a key's text, as llama.cpp's buffers have it
 MAX_NAME_BYTES = 1 << 10
@@ -63,7 +64,7 @@ class Imatrix:
         text, number = gguf.GGUFValueType.STRING, gguf.GGUFValueType.UINT32
         keys = {"quantize.imatrix.file": gguf.GGUFValue(_cut(str(self.path)), text)}
         if self.datasets:
-            keys["quantize.imatrix.dataset"] = gguf.GGUFValue(_cut(self.datasets[0]), text)
+            keys[DATASET] = gguf.GGUFValue(_cut(self.datasets[0]), text)
         keys["quantize.imatrix.entries_count"] = gguf.GGUFValue(len(self.entries), number)
         if self.chunks > 0:
             keys["quantize.imatrix.chunks_count"] = gguf.GGUFValue(self.chunks, number)

@@ -264,12 +264,11 @@ def _choose(
     chooser = Chooser(file_type, facts, request.rules, keep=keep)
     tensors = []
     for tensor in mapped:
-        columns, shape = tensor.shape[-1], tensor.shape
+        columns = tensor.shape[-1]
+        shape = mapping.without_outer_ones(tensor.shape) if by_quantizer else tensor.shape
         choice = chooser.choose(tensor.name, tensor.role, tensor.layer, columns, tensor.slabs[0].source.type)
         if file_type.default == KEPT:
             check_one_type(tensor)
-        while by_quantizer and len(shape) > 1 and shape[0] == 1:  # the quantizer writes no outer 1s
-            shape = shape[1:]
         nbytes = tensor.elements // columns * TENSOR_TYPES[choice.type].row_bytes(columns)
         tensors.append(TensorPlan(tensor, choice, TensorInfo(tensor.name, choice.type, shape, nbytes, 0)))
     warnings = chooser.check()

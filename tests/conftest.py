@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from gguf_moe.cli import cli
 
-NEED_TORCH = ("forward", "levels", "memory", "source", "sweep")  # of the extra gguf-moe[eval]
+NEED_TORCH = ("forward", "levels", "memory", "source", "sweep", "validate")  # of the extra gguf-moe[eval]
 collect_ignore = [] if find_spec("torch") else [f"evaluation/test_{name}.py" for name in NEED_TORCH]
 
 RunCli = Callable[..., Result]

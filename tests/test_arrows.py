@@ -10,15 +10,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": "card checkpoint cli convert duplicates errors estimate export filling gguf_reader gguf_source manifest "
-    "origin plan recipe recipe_file report request resharding rules sharding verify",
+    "cli": "card checkpoint cli convert duplicates errors estimate evaluation export filling gguf_file gguf_reader "
+    "gguf_source manifest origin plan recipe recipe_file report request resharding rules sharding verify",
     "__main__": "cli",
     "__init__": "",
     "card": "card_body donors errors gguf_file manifest metadata naming plan",
     "card_body": "donors manifest naming report",
     "manifest": "checkpoint errors gguf_file request",
-    "evaluation": "arch checkpoint errors evaluation gguf_file gguf_keys gguf_reader gguf_source mapping plan recipe "
-    "report request tokenizer",
+    "evaluation": "arch checkpoint errors evaluation gguf_file gguf_keys gguf_reader gguf_source imatrix mapping plan "
+    "recipe report request tokenizer",
     "report": "gguf_reader naming plan recipe",
     "convert": "duplicates errors filling gguf_file layout plan",
     "verify": "checkpoint checksums errors filling gguf_reader gguf_source layout mapping origin pool",

@@ -14,19 +14,26 @@ from tqdm import tqdm
 
 from gguf_moe import report
 from gguf_moe.card import check_repo, write_card
+from gguf_moe.checkpoint import read_optional_json
 from gguf_moe.cli.options import as_request, open_model, request_options
 from gguf_moe.cli.progress import progress_bar, warn
+from gguf_moe.cli.validate import evaluate, validation_lines, write_json
 from gguf_moe.cli.verify import verify_files
 from gguf_moe.duplicates import find_duplicates
 from gguf_moe.errors import UsageError
 from gguf_moe.estimate import seconds_of_encoding
+from gguf_moe.evaluation.engines import Settings
+from gguf_moe.evaluation.source import open_model as open_source
+from gguf_moe.evaluation.validate import read_windows
 from gguf_moe.export import LADDER, Event, Finished, Found
 from gguf_moe.export import export as run_plans
 from gguf_moe.filling import Progress
-from gguf_moe.manifest import recipe_values
+from gguf_moe.manifest import Manifest, recipe_values
 from gguf_moe.plan import Plan, make_plans
 from gguf_moe.recipe import find_file_type
 from gguf_moe.recipe_file import RecipeFile, read_recipe
+
+REPORT = "validation.json"  # beside the files, the last validation's
 
 
 @click.command()
@@ -39,6 +46,7 @@ from gguf_moe.recipe_file import RecipeFile, read_recipe
 @click.option("--force", is_flag=True, help="Replace files that no export made.")
 @click.option("--dry-run", is_flag=True, help="Print the levels with sizes and costs, and write nothing.")
 @click.option("--verify", is_flag=True, help="Read every file once more at the end, and check all of it.")
+@click.option("--validate", "text", type=click.Path(path_type=Path), metavar="TEXT", help="Then measure what is lost.")
 @click.option("--json", "as_json", is_flag=True, help="Events as JSON, one a line, for programs.")
 @click.option("--quantized-by", metavar="NAME", help="Who stands in the model card as its maker.")
 @click.option("--repo", metavar="ORG/NAME", help="Where the files will be published, for the card's commands.")
@@ -53,6 +61,7 @@ def export(
     force: bool,
     dry_run: bool,
     verify: bool,
+    text: Path | None,
     as_json: bool,
     quantized_by: str | None,
     repo: str | None,
@@ -77,6 +86,8 @@ def export(
     if dry_run:
         _print_levels(plans, output, threads, as_json)
         return
+    if text:  # what is wrong with it is better said before the ladder
+        read_windows(open_source(model), text, Settings())
     duplicates = find_duplicates(plans)
     try:
         with progress_bar() as show_progress:
@@ -92,13 +103,47 @@ def export(
     except (KeyboardInterrupt, SystemExit):
         click.echo("gguf-moe: interrupted; the same command goes on from here", err=True)
         raise
-    warn(write_card(output, plans[0], manifest, quantized_by=quantized_by, repo=repo))
     if not as_json:
         click.echo("\n".join([*duplicates.notes(), f"{_count(len(plans))} complete in {output}"]))
+    if text:
+        _validate(model, output, plans, manifest, text, as_json)
+    found = _last_report(output, manifest)
+    warn(write_card(output, plans[0], manifest, quantized_by=quantized_by, repo=repo, report=found))
     files = [file.path(output / plan.default_name) for plan in plans for file in plan.files]
     if verify and not verify_files(files, None, as_json, event="verified"):
         click.echo("gguf-moe: delete what is not good, and run again to make it anew", err=True)
         context.exit(1)
+
+
+def _validate(model: Path, output: Path, plans: list[Plan], manifest: Manifest, text: Path, as_json: bool) -> None:
+    """Measure this run's levels; the report stands beside them, and knows by their hashes of which files it is."""
+    firsts = [plan.files[0].path(output / plan.default_name) for plan in plans]
+    settings = Settings(state=output / f"{REPORT}.partial")
+    found = evaluate(model, firsts, text, settings)
+    hashes = _hashes(manifest)
+    for file in found["files"]:
+        file["sha256"] = hashes[file["name"]]
+    write_json(output / REPORT, found)
+    settings.state.unlink(missing_ok=True)
+    if as_json:
+        click.echo(json.dumps({"event": "validated", "report": REPORT}))
+    else:
+        click.echo("\n".join(validation_lines(found)))
+
+
+def _hashes(manifest: Manifest) -> dict[str, str]:
+    """Of each level's file, or first shard."""
+    return {level.files[0].name: level.files[0].sha256 for level in manifest.levels}
+
+
+def _last_report(output: Path, manifest: Manifest) -> dict[str, Any] | None:
+    """The last validation's report, without the files that are others now."""
+    found = read_optional_json(output / REPORT)
+    files, hashes = found.get("files"), _hashes(manifest)
+    if isinstance(files, list):
+        named = [file for file in files if isinstance(file, dict)]
+        found["files"] = [file for file in named if file.get("sha256") in (None, hashes.get(file.get("name")))]
+    return found or None
 
 
 class _Watcher:

@@ -64,7 +64,7 @@ def validate(
             raise GgufMoeError(f"{path}: no such directory")
     draw = _plotting(html, plots)
     found = evaluate(base, _firsts(files), text, Settings(**settings))
-    click.echo("\n".join(_lines(found)))
+    click.echo("\n".join(validation_lines(found)))
     if json_path:
         write_json(json_path, found)
     draw(found)
@@ -138,7 +138,7 @@ def _memory_text(plan: MemoryPlan) -> str:
     )
 
 
-def _lines(found: dict[str, Any]) -> list[str]:
+def validation_lines(found: dict[str, Any]) -> list[str]:
     """The table by size, the smallest first, and what its figures are."""
     rows: list[tuple[object, ...]] = [
         ("", "file", "size", "bits", "PPL", "", "ratio", "mean KL", "99% KL", "same top", "same experts")

@@ -11,7 +11,8 @@ import gguf
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.evaluation.source import ModelSource
 from gguf_moe.evaluation.text import EvaluationText
-from gguf_moe.gguf_keys import IMATRIX_DATASET, IMATRIX_TEXT, ModelKeys
+from gguf_moe.gguf_keys import ModelKeys
+from gguf_moe.imatrix import DATASET, TEXT_HASH
 from gguf_moe.mapping import without_outer_ones
 
 _LLM, _Tokenizer = gguf.Keys.LLM, gguf.Keys.Tokenizer
@@ -61,12 +62,12 @@ def _refuse(other: ModelSource | ModelKeys, found: str, expected: str, base: Mod
 def calibration_warnings(sources: Sequence[ModelSource], text: EvaluationText) -> Iterator[str]:
     """What is to be said of files whose importance matrix was made from the text itself."""
     for source in sources:
-        if text.sha256 in _texts(source.keys.get(IMATRIX_TEXT)):
+        if text.sha256 in _texts(source.keys.get(TEXT_HASH)):
             yield (
                 f"{source.name}: its importance matrix was made from this very text, {text.name}; its figures are "
                 "better here than elsewhere, evaluate on another text"
             )
-        elif text.name in (PureWindowsPath(name).name for name in _texts(source.keys.get(IMATRIX_DATASET))):
+        elif text.name in (PureWindowsPath(name).name for name in _texts(source.keys.get(DATASET))):
             yield (
                 f"{source.name}: its importance matrix was made from a text called {text.name} too; if it is the same, "
                 "evaluate on another one"

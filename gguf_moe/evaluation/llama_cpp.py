@@ -239,8 +239,8 @@ class Engine:
     """See `engines.Engine`."""
 
     NOTE = (
-        "By llama.cpp on the processor, which rounds activations to 8 bits beside the weights, most of the KL divergence "
-        "at 6 and 8 bits; --engine torch measures without that, and the routing."
+        "By llama.cpp on the processor, which rounds activations to 8 bits beside the weights, most of the KL "
+        "divergence at 6 and 8 bits; --engine torch measures without that, and the routing."
     )
 
     def __init__(self, settings: Settings) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from gguf_moe import __version__
 from gguf_moe.evaluation.engines import Settings
-from gguf_moe.evaluation.figures import figures, intervals
+from gguf_moe.evaluation.figures import figures, intervals, kld_histogram
 from gguf_moe.evaluation.pareto import pareto
 from gguf_moe.evaluation.routing import routing_figures
 from gguf_moe.evaluation.source import ModelSource
@@ -64,7 +64,7 @@ def _base_measures(model: Measured) -> dict[str, Any]:
 
 
 def _measures(model: Measured, settings: Settings) -> dict[str, Any]:
-    found: dict[str, Any] = dict(figures(model.scores))
+    found: dict[str, Any] = {**figures(model.scores), "kld_histogram": kld_histogram(model.scores)}
     if settings.bootstrap:
         found["intervals"] = intervals(model.scores, settings.bootstrap)
     routing = model.routing and routing_figures(model.routing, model.scores.positions["kld"])
