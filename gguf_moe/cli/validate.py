@@ -62,6 +62,8 @@ def validate(
     for path in (json_path, html, plots):
         if path and not path.absolute().parent.is_dir():
             raise GgufMoeError(f"{path}: no such directory")
+        if path and path.exists() and path.is_dir() != (path == plots):
+            raise GgufMoeError(f"{path}: is {'no' if path == plots else 'a'} directory")
     draw = _plotting(html, plots)
     found = evaluate(base, _firsts(files), text, Settings(**settings))
     click.echo("\n".join(validation_lines(found)))

@@ -138,6 +138,8 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
         ((MERGE, file, "--text", TEXT, "--memory", "1M"), 2, "--memory: 1000000 bytes are allowed"),
         ((MERGE, file, "--text", TEXT, "--device", "tpu9"), 2, "--device tpu9: torch cannot use it"),
         ((MERGE, file, "--text", TEXT, "--json", tmp_path / "no" / "r.json"), 1, "no such directory"),
+        ((MERGE, file, "--text", TEXT, "--html", tmp_path), 1, f"{tmp_path}: is a directory"),
+        ((MERGE, file, "--text", TEXT, "--plots", file), 1, f"{file}: is no directory"),
         ((MERGE, "--text", TEXT), 2, "FILES"),
     ]
     for arguments, code, message in cases:
