@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import click
@@ -22,6 +23,7 @@ from gguf_moe.evaluation.validate import validate as run
 from gguf_moe.gguf_file import write_whole
 
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+_MARKS, _START = (b' },\n "engine": "', b"<title>What quantizing "), 1 << 10  # a report has one in its first bytes
 
 
 @click.command()
@@ -59,11 +61,7 @@ def validate(
     bounded = max_kld is not None or max_ppl_ratio is not None
     if check and not bounded:
         raise UsageError("--check needs a bound, --max-kld or --max-ppl-ratio")
-    for path in (json_path, html, plots):
-        if path and not path.absolute().parent.is_dir():
-            raise GgufMoeError(f"{path}: no such directory")
-        if path and path.exists() and path.is_dir() != (path == plots):
-            raise GgufMoeError(f"{path}: is {'no' if path == plots else 'a'} directory")
+    _check_targets(json_path, html, plots, settings["state"])
     draw = _plotting(html, plots)
     found = evaluate(base, _firsts(files), text, Settings(**settings))
     click.echo("\n".join(validation_lines(found)))
@@ -74,6 +72,33 @@ def validate(
         state.unlink(missing_ok=True)
     if bounded:
         _choose(found, max_kld, max_ppl_ratio, check)
+
+
+def _check_targets(json_path: Path | None, html: Path | None, plots: Path | None, state: Path | None) -> None:
+    """Refuse before the work what cannot be written after it, and to replace what no validation wrote."""
+    targets = [path for path in (json_path, html, plots, state) if path]
+    if len({path.resolve() for path in targets}) < len(targets):
+        raise UsageError("--json, --html, --plots and --resume have one path for two of them")
+    for path in targets:
+        if path.exists() and path.is_dir() != (path == plots):
+            raise GgufMoeError(f"{path}: is {'no' if path == plots else 'a'} directory")
+        try:
+            TemporaryFile(dir=path if path.is_dir() else path.absolute().parent).close()
+        except OSError as error:
+            raise GgufMoeError(f"{path}: cannot be written: {error.strerror}") from None
+    for path in (json_path, html):
+        if path and path.exists():
+            check_ours(path)
+
+
+def check_ours(path: Path) -> None:
+    """Refuse to replace a file that is no report: an option without its value takes the next word, a model's name."""
+    if not path.is_file():
+        raise GgufMoeError(f"{path}: is no regular file")
+    with path.open("rb") as file:
+        start = file.read(_START)
+    if start and not any(mark in start for mark in _MARKS):
+        raise GgufMoeError(f"{path}: exists and is no report of a validation; remove it, or give another name")
 
 
 def evaluate(base: Path, files: list[Path], text: Path, settings: Settings) -> dict[str, Any]:

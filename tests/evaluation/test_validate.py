@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -137,7 +138,7 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
         ((saved("qwen2"), file, "--text", TEXT), 1, "general.architecture is 'llama', expected 'qwen2' as in the base"),
         ((MERGE, file, "--text", TEXT, "--memory", "1M"), 2, "--memory: 1000000 bytes are allowed"),
         ((MERGE, file, "--text", TEXT, "--device", "tpu9"), 2, "--device tpu9: torch cannot use it"),
-        ((MERGE, file, "--text", TEXT, "--json", tmp_path / "no" / "r.json"), 1, "no such directory"),
+        ((MERGE, file, "--text", TEXT, "--json", tmp_path / "no" / "r.json"), 1, "cannot be written: No such file"),
         ((MERGE, file, "--text", TEXT, "--html", tmp_path), 1, f"{tmp_path}: is a directory"),
         ((MERGE, file, "--text", TEXT, "--plots", file), 1, f"{file}: is no directory"),
         ((MERGE, "--text", TEXT), 2, "FILES"),
@@ -145,6 +146,41 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
     for arguments, code, message in cases:
         result = run("validate", *arguments)
         assert (result.exit_code, message in result.stderr) == (code, True), (arguments, result.stderr)
+
+
+def test_nothing_is_replaced_but_reports(run, made, tmp_path: Path) -> None:
+    file, text, other = made("json", "Q2_K"), tmp_path / "text.txt", tmp_path / "manifest.json"
+    shutil.copy(TEXT, text)
+    other.write_text(json.dumps({"program": {"name": "gguf-moe"}}, indent=1))
+    before = [path.read_bytes() for path in (file, text, other)]
+    arguments = ("validate", MERGE, file, "--text", text, *SHORT)
+    same, link = tmp_path / "same", tmp_path / "sub" / ".." / "same"
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    cases = [
+        (("--json", file), 1, f"{file}: exists and is no report of a validation"),
+        (("--html", text), 1, f"{text}: exists and is no report of a validation"),
+        (("--json", other), 1, f"{other}: exists and is no report of a validation"),
+        (("--json", tmp_path / "pipe"), 1, "pipe: is no regular file"),
+        (("--json", same, "--html", link), 2, "have one path for two of them"),
+        (("--json", same, "--resume", same), 2, "have one path for two of them"),
+    ]
+    for more, code, message in cases:
+        result = run(*arguments, *more)
+        assert (result.exit_code, message in result.stderr) == (code, True), (more, result.stderr)
+        assert result.stdout == "", "refused before the work"
+    assert [path.read_bytes() for path in (file, text, other)] == before
+    (tmp_path / "empty").touch()
+    for _ in range(2):
+        assert run(*arguments, "--json", tmp_path / "empty", "--html", tmp_path / "r.html").exit_code == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc takes no files from anyone")
+@pytest.mark.parametrize("option", ["--json", "--html", "--plots", "--resume"])
+def test_where_nothing_can_be_written_it_says_so_before_the_work(option: str, run, made) -> None:
+    result = run("validate", MERGE, made("json", "Q2_K"), "--text", TEXT, *SHORT, option, "/proc/r")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "/proc/r: cannot be written: " in result.stderr
 
 
 def test_a_text_that_the_importance_matrix_knows_is_warned_of(run, tmp_path: Path, monkeypatch) -> None:
