@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -21,8 +20,8 @@ from gguf_moe.evaluation.pareto import smallest
 from gguf_moe.evaluation.validate import STEPS, Event
 from gguf_moe.evaluation.validate import validate as run
 from gguf_moe.gguf_file import write_whole
+from gguf_moe.gguf_source import shard_path
 
-_LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 _MARKS, _START = (b' },\n "engine": "', b"<title>What quantizing "), 1 << 10  # a report has one in its first bytes
 
 
@@ -146,8 +145,8 @@ def _plotting(html: Path | None, plots: Path | None) -> Callable[[dict[str, Any]
 
 
 def _firsts(files: tuple[Path, ...]) -> list[Path]:
-    """Files, and of shards the first, each once."""
-    return list(dict.fromkeys(file for file in files if not _LATER_SHARD.search(file.name)))
+    """Files, each once, without the shards whose first is among them; one without its first is refused later."""
+    return list(dict.fromkeys(file for file in files if (first := shard_path(file, 0)) == file or first not in files))
 
 
 def _started_line(event: Started, files: int) -> str:

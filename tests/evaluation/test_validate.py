@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from checkpoints import DATA, MERGE, bundled
+from gguf_files import sharded
 from test_golden import GOLDEN
 
 from gguf_moe.errors import GgufMoeError
@@ -77,6 +78,15 @@ def test_the_table_marks_and_chooses(run, made) -> None:
     assert (none.exit_code, none.stderr.splitlines()[-1]) == (1, "gguf-moe: no file has a mean KL of at most 1e-09")
     assert run(*arguments, "--max-kld", 1e-9).exit_code == 0
     assert run(*arguments, "--check").exit_code == 2
+
+
+def test_of_shards_the_first_counts(run, made, tmp_path: Path) -> None:
+    paths = sharded(made("json", "Q2_K"), tmp_path / "shards", 3)
+    report = report_of(run, tmp_path / "r.json", MERGE, *paths[::-1], paths[0], "--text", TEXT, *SHORT)
+    assert [file["name"] for file in report["files"]] == [paths[0].name]
+    alone = run("validate", MERGE, *paths[1:], "--text", TEXT, *SHORT)
+    assert (alone.exit_code, alone.stdout) == (1, "")
+    assert f"{paths[1]}: is shard 2 of 3; give the first, {paths[0].name}" in alone.stderr
 
 
 @pytest.mark.usefixtures("small_sweeps")
