@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,10 @@ def make_report(
     """
     chunks, context = text.windows.shape
     files = [{**_facts(s), **_measures(m, settings)} for s, m in zip(sources[1:], models[1:])]
+    times = Counter(file["name"] for file in files)
+    for file, source in zip(files, sources[1:]):
+        if times[file["name"]] > 1:  # of several directories; `pareto` would mark them all
+            file["name"] = str(source.path)
     best = [file["name"] for file in pareto(files)]
     return {
         "program": {"name": "gguf-moe", "version": __version__},

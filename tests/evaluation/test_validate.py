@@ -80,6 +80,18 @@ def test_the_table_marks_and_chooses(run, made) -> None:
     assert run(*arguments, "--check").exit_code == 2
 
 
+def test_files_of_one_name_are_told_apart(run, made, tmp_path: Path) -> None:
+    paths = [tmp_path / name / "model.gguf" for name in "abc"]
+    for path, level in zip(paths, ("Q4_K_M", "Q2_K", "Q8_0")):
+        path.parent.mkdir()
+        shutil.copy(made("json", level), path)
+    with paths[1].open("ab") as file:
+        file.write(bytes(10**7))  # larger than what is better
+    report = report_of(run, tmp_path / "r.json", MERGE, *paths, made("json", "Q4_0"), "--text", TEXT, *SHORT)
+    assert [file["name"] for file in report["files"]] == [*map(str, paths), "json-Q4_0.gguf"]
+    assert [name for name in report["pareto"] if name in map(str, paths)] == [str(paths[0]), str(paths[2])]
+
+
 def test_of_shards_the_first_counts(run, made, tmp_path: Path) -> None:
     paths = sharded(made("json", "Q2_K"), tmp_path / "shards", 3)
     report = report_of(run, tmp_path / "r.json", MERGE, *paths[::-1], paths[0], "--text", TEXT, *SHORT)
