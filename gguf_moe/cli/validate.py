@@ -63,10 +63,12 @@ def validate(
     _check_targets(json_path, html, plots, settings["state"])
     draw = _plotting(html, plots)
     found = evaluate(base, _firsts(files), text, Settings(**settings))
-    click.echo("\n".join(validation_lines(found)))
-    if json_path:
-        write_json(json_path, found)
-    draw(found)
+    try:
+        if json_path:
+            write_json(json_path, found)
+        draw(found)
+    finally:  # either may fail, by a full disk or a pipe that nobody reads, and hours of work have to be somewhere
+        click.echo("\n".join(validation_lines(found)))
     if state := settings["state"]:
         state.unlink(missing_ok=True)
     if bounded:

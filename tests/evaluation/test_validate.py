@@ -142,6 +142,20 @@ def test_a_stopped_run_goes_on_behind_its_finished_sweeps(sweeps: int, made, tmp
         validate(MERGE, files, TEXT, settings)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+def test_a_report_is_not_lost_with_the_table_nor_the_table_with_a_report(run, made, tmp_path: Path) -> None:
+    arguments = ["validate", MERGE, made("json", "Q2_K"), "--text", TEXT, *SHORT, "--json", tmp_path / "r.json"]
+    with open("/dev/full", "w") as full:  # noqa: PTH123 - no file
+        command = [sys.executable, "-m", "gguf_moe", *map(str, arguments)]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "gguf-moe: [Errno 28] No space left on device")
+    assert json.loads((tmp_path / "r.json").read_text())["chunks"] == 5
+    (tmp_path / "plots" / "perplexity.png").mkdir(parents=True)
+    result = run(*arguments, "--plots", tmp_path / "plots")
+    assert (result.exit_code, "perplexity.png: not written: " in result.stderr) == (1, True)
+    assert "json-Q2_K.gguf" in result.stdout
+
+
 def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
     file = made("json", "Q2_K")
     (tmp_path / "short.txt").write_text("too short")
