@@ -137,9 +137,14 @@ def test_a_stopped_run_goes_on_behind_its_finished_sweeps(sweeps: int, made, tmp
     assert [event.done for event in seen if isinstance(event, Started)] == [2 * sweeps]
     assert validate(MERGE, files, TEXT, replace(settings, context=32), seen.append)["ctx"] == 32
     assert "begun anew, the earlier run had another ctx" in next(e.text for e in seen if isinstance(e, Notice))
-    state.write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(GgufMoeError, match="not a whole state file of a validation"):
-        validate(MERGE, files, TEXT, settings)
+    whole = state.read_bytes()
+    entry = whole.rindex(b"PK\1\2")  # of the last array in the archive's directory: flags at 8, compression at 10
+    flagged, packed = (whole[: entry + at] + bytes([value]) + whole[entry + at + 1 :] for at, value in ((8, 64), (10, 8)))
+    for damaged in (b"", b"PK\3\4 no", whole[: len(whole) // 2], flagged, packed):
+        state.write_bytes(damaged)
+        with pytest.raises(GgufMoeError, match="not a whole state file of a validation"):
+            validate(MERGE, files, TEXT, replace(settings, context=32))
+        assert state.read_bytes() == damaged
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
