@@ -46,6 +46,10 @@ class State:
         return len(self.models[0].scores.chunks)
 
 
+def _source_key(number: int) -> str:
+    return f"file {number}" if number else "base"
+
+
 def identity(sources: Sequence[ModelSource], text: EvaluationText, settings: Settings) -> dict[str, Any]:
     """All that figures follow from, in JSON values: program, engine, text, windows, and the state of all files."""
     return {
@@ -57,7 +61,7 @@ def identity(sources: Sequence[ModelSource], text: EvaluationText, settings: Set
         "ctx": settings.context,
         "chunks": len(text.windows),
         "tokens": hashlib.sha256(text.windows.tobytes()).hexdigest(),
-        **{"base" if n == 0 else f"file {n}": _source_identity(source) for n, source in enumerate(sources)},
+        **{_source_key(n): _source_identity(source) for n, source in enumerate(sources)},
     }
 
 
@@ -66,6 +70,13 @@ def _source_identity(source: ModelSource) -> dict[str, Any]:
     stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
     keys = [(key, str(item.value)) for key, item in source.keys.items() if np.isscalar(item.value)]
     return {"name": source.name, "files": stats, "keys": hashlib.sha256(repr(keys).encode()).hexdigest()}
+
+
+def check_unchanged(state: State, sources: Sequence[ModelSource]) -> None:
+    """Refuse files that are others than at the start, whose figures would be of two models. Raises GgufMoeError."""
+    for number, source in enumerate(sources):
+        if _source_identity(source) != state.identity[_source_key(number)]:
+            raise GgufMoeError(f"{source.path}: changed while it was evaluated; run again when it is whole")
 
 
 def write_state(path: Path, state: State) -> None:

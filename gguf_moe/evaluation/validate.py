@@ -13,7 +13,7 @@ from gguf_moe.evaluation.guards import calibration_warnings, check_alike
 from gguf_moe.evaluation.results import make_report
 from gguf_moe.evaluation.routing import ExpertLoad, RoutingScores
 from gguf_moe.evaluation.source import ModelSource, open_model
-from gguf_moe.evaluation.state import Measured, State, identity, read_state, write_state
+from gguf_moe.evaluation.state import Measured, State, check_unchanged, identity, read_state, write_state
 from gguf_moe.evaluation.text import EvaluationText, read_text
 from gguf_moe.gguf_keys import ModelKeys, expert_count
 
@@ -55,20 +55,20 @@ def validate(
     if state.done < len(read.windows):
         with engine.load(sources, len(read.windows) - state.done, state.sweep) as loaded:
             on_event(Started(*read.windows.shape, state.done, loaded.chunks, loaded.memory))
-            _run(loaded, sources[0], read, state, settings, on_event)
+            _run(loaded, sources, read, state, settings, on_event)
     return make_report(sources, state.models, read, settings, engine.NOTE, warnings)
 
 
 def _run(
     loaded: Loaded,
-    base: ModelSource,
+    sources: Sequence[ModelSource],
     text: EvaluationText,
     state: State,
     settings: Settings,
     on_event: Callable[[Event], None],
 ) -> None:
     """Run what is left, a sweep at a time."""
-    experts, total = expert_count(ModelKeys(base.path, base.keys)), len(text.windows)
+    experts, total = expert_count(ModelKeys(sources[0].path, sources[0].keys)), len(text.windows)
     state.sweep = state.sweep or loaded.chunks
     for start in range(state.done, total, loaded.chunks):
         windows = text.windows[start : start + loaded.chunks]
@@ -78,6 +78,7 @@ def _run(
 
         for event in loaded.sweep(windows, show):
             _note(event, state.models[event.model], text.first, experts)
+        check_unchanged(state, sources)
         if settings.state:
             write_state(settings.state, state)
 

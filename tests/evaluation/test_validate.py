@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkpoints import DATA, MERGE, bundled
 from gguf_files import sharded
@@ -145,6 +146,21 @@ def test_a_stopped_run_goes_on_behind_its_finished_sweeps(sweeps: int, made, tmp
         with pytest.raises(GgufMoeError, match="not a whole state file of a validation"):
             validate(MERGE, files, TEXT, replace(settings, context=32))
         assert state.read_bytes() == damaged
+
+
+@pytest.mark.usefixtures("small_sweeps")
+def test_a_file_that_changes_meanwhile_is_refused(made, tmp_path: Path) -> None:
+    path, state = tmp_path / "model.gguf", tmp_path / "state"
+    shutil.copy(made("json", "Q8_0"), path)
+
+    def make_anew(event: object) -> None:
+        if isinstance(event, Progress) and event.done > 0.6 * event.total:
+            shutil.copy(made("json", "Q8_0"), path)
+
+    with pytest.raises(GgufMoeError, match=r"model\.gguf: changed while it was evaluated"):
+        validate(MERGE, [path], TEXT, Settings(context=64, chunks=4, state=state), make_anew)
+    with np.load(state) as arrays:
+        assert len(arrays["1.positions"]) == 2, "the sweep before"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
