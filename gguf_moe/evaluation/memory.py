@@ -23,6 +23,7 @@ SCORING = 8 * 8 * PIECE_LOGITS  # bytes: eight arrays of float64, of a piece of 
 LARGE_BLOCK = 4 << 20  # bytes; blocks of that size come from the system and go back to it
 LIBRARIES = 64 << 20  # what torch takes for itself when it starts to compute, and the allocator does not give back
 LOGIT_COPIES = 3  # of a group: the base's, a model's, and those of the model before, which a caller may still have
+NORM_COPIES = 4  # of a group's hidden states, on their way through the last norm
 FLOAT = 4
 _M_MMAP_THRESHOLD = -3  # of malloc.h
 _WIDTHS = ("feed_forward", "expert_feed_forward", "shared_feed_forward")
@@ -53,9 +54,11 @@ def plan_memory(
     matrices = _most_weights(models[0]) * itemsize
     between = _between(facts, context) + LIBRARIES
     per_chunk = context * ((len(models) + 1) * facts.hidden * itemsize + 25 * facts.experts_used + 32)
-    one_logits = (context - context // 2) * facts.vocabulary * FLOAT
-    fixed = SCORING + panel_rows(models[0].hyper) * facts.hidden * itemsize + LIBRARIES
-    least = held + max(matrices + between, fixed + LOGIT_COPIES * one_logits)
+    panel = panel_rows(models[0].hyper)
+    a_position = LOGIT_COPIES * facts.vocabulary + panel + NORM_COPIES * facts.hidden
+    a_chunk = (context - context // 2) * a_position * FLOAT
+    fixed = SCORING + panel * facts.hidden * itemsize + LIBRARIES
+    least = held + max(matrices + between, fixed + a_chunk)
     at_once = (memory - least) // per_chunk
     if at_once < 1:
         raise UsageError(
@@ -63,9 +66,8 @@ def plan_memory(
             f"of which the program itself has {held}"
         )
     sweep = min(math.ceil(chunks / math.ceil(chunks / at_once)), most or chunks)
-    group = min(MAX_GROUP, sweep, (memory - held - sweep * per_chunk - fixed) // (LOGIT_COPIES * one_logits))
-    logits = fixed + group * LOGIT_COPIES * one_logits
-    return MemoryPlan(held, matrices, between, per_chunk, logits, group, sweep)
+    group = min(MAX_GROUP, sweep, (memory - held - sweep * per_chunk - fixed) // a_chunk)
+    return MemoryPlan(held, matrices, between, per_chunk, fixed + group * a_chunk, group, sweep)
 
 
 def give_back_memory() -> None:

@@ -1,6 +1,8 @@
-"""A child of test_memory.py: a model several times the allowed memory, in files without blocks, through a sweep.
+"""A child of test_memory.py: a model through sweeps; one several times the allowed memory, in files without blocks,
+where the directory is none.
 
-usage: big_model.py DIRECTORY     (prints a JSON object: bytes of memory allowed, planned, used at most, of the model)
+usage: big_model.py DIRECTORY MODELS CHUNKS CONTEXT BYTES    (allowed beside what the process has at its start)
+Prints a JSON object: bytes of memory allowed, planned, used at most, of the model; sweeps, chunks of a group.
 """
 
 from __future__ import annotations
@@ -20,8 +22,6 @@ from gguf_moe.evaluation.memory import plan_memory
 from gguf_moe.evaluation.sweep import sweep
 
 HIDDEN, WIDTH, EXPERTS, KEYS, VOCABULARY = 2048, 4096, 8, 1024, 4096
-BEYOND_TORCH = 256 << 20  # bytes that are allowed beside what the process has at its start
-CHUNKS, CONTEXT = 10, 96
 
 
 def layer_shapes(layer: int) -> dict[str, tuple[int, ...]]:
@@ -62,19 +62,21 @@ def write(directory: Path, at_least: int) -> None:
 
 
 def main() -> None:
-    memory = psutil.Process().memory_info().rss + BEYOND_TORCH
-    directory = Path(sys.argv[1])
-    write(directory, 4 * memory)
-    models = [model(directory)] * 2
-    plan = plan_memory(models, CHUNKS, CONTEXT, memory)
-    sweeps = range(0, CHUNKS, plan.sweep)
+    directory, (count, chunks, context, more) = Path(sys.argv[1]), map(int, sys.argv[2:])
+    memory = psutil.Process().memory_info().rss + more
+    if not directory.exists():
+        write(directory, 4 * memory)
+    models = [model(directory)] * count
+    plan = plan_memory(models, chunks, context, memory)
+    sweeps = range(0, chunks, plan.sweep)
     for start in sweeps:
-        for _ in sweep(models, windows(min(plan.sweep, CHUNKS - start), CONTEXT), plan.group):
+        for _ in sweep(models, windows(min(plan.sweep, chunks - start), context), plan.group):
             pass
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     used = int(status["VmHWM"].split()[0]) << 10
     size = models[0].weights.source.size_bytes
-    print(json.dumps({"memory": memory, "planned": plan.total, "used": used, "size": size, "sweeps": len(sweeps)}))
+    found = {"memory": memory, "planned": plan.total, "used": used, "size": size}
+    print(json.dumps({**found, "sweeps": len(sweeps), "group": plan.group}))
 
 
 if __name__ == "__main__":

@@ -8,22 +8,33 @@ import sys
 from pathlib import Path
 
 import pytest
+from checkpoints import bundled, with_experts
 
 HERE = Path(__file__).parent
+MIB = 1 << 20
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_a_model_four_times_the_memory(tmp_path: Path) -> None:
-    path = [str(HERE.parent.parent), str(HERE.parent)]
+def measured(path: Path, *numbers: int) -> dict[str, int]:
+    """What the child tells, whose plan has to hold and to be no wild guess."""
     child = subprocess.run(
-        [sys.executable, HERE / "big_model.py", tmp_path / "big"],
-        env={"PYTHONPATH": ":".join(path)},
+        [sys.executable, HERE / "big_model.py", path, *map(str, numbers)],
+        env={"PYTHONPATH": ":".join([str(HERE.parent.parent), str(HERE.parent)])},
         capture_output=True,
         check=True,
         text=True,
     )
     found = json.loads(child.stdout)
+    assert 0.7 * found["planned"] < found["used"] <= found["planned"] <= found["memory"]
+    return found
+
+
+def test_a_model_four_times_the_memory(tmp_path: Path) -> None:
+    found = measured(tmp_path / "big", 2, 10, 96, 256 * MIB)
     assert found["size"] >= 4 * found["memory"]
-    assert found["used"] <= found["planned"] <= found["memory"]
-    assert found["used"] > 0.7 * found["planned"]  # the plan is no wild guess
     assert found["sweeps"] > 1
+
+
+def test_logits_of_long_windows(tmp_path: Path) -> None:
+    path = with_experts(bundled(), 4).save(tmp_path / "one layer")
+    assert measured(path, 3, 8, 3072, 2048 * MIB)["group"] == 8
