@@ -140,8 +140,8 @@ def test_a_stopped_run_goes_on_behind_its_finished_sweeps(sweeps: int, made, tmp
     assert "begun anew, the earlier run had another ctx" in next(e.text for e in seen if isinstance(e, Notice))
     whole = state.read_bytes()
     entry = whole.rindex(b"PK\1\2")  # of the last array in the archive's directory: flags at 8, compression at 10
-    flagged, packed = (whole[: entry + at] + bytes([value]) + whole[entry + at + 1 :] for at, value in ((8, 64), (10, 8)))
-    for damaged in (b"", b"PK\3\4 no", whole[: len(whole) // 2], flagged, packed):
+    odd = [whole[: entry + at] + bytes([value]) + whole[entry + at + 1 :] for at, value in ((8, 64), (10, 8))]
+    for damaged in (b"", b"PK\3\4 no", whole[: len(whole) // 2], *odd):
         state.write_bytes(damaged)
         with pytest.raises(GgufMoeError, match="not a whole state file of a validation"):
             validate(MERGE, files, TEXT, replace(settings, context=32))
@@ -166,7 +166,7 @@ def test_a_file_that_changes_meanwhile_is_refused(made, tmp_path: Path) -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
 def test_a_report_is_not_lost_with_the_table_nor_the_table_with_a_report(run, made, tmp_path: Path) -> None:
     arguments = ["validate", MERGE, made("json", "Q2_K"), "--text", TEXT, *SHORT, "--json", tmp_path / "r.json"]
-    with open("/dev/full", "w") as full:  # noqa: PTH123 - no file
+    with open("/dev/full", "w") as full:
         command = [sys.executable, "-m", "gguf_moe", *map(str, arguments)]
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "gguf-moe: [Errno 28] No space left on device")
