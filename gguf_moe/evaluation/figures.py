@@ -20,6 +20,7 @@ QUANTILES = {
 }  # fmt: skip
 INTERVALS = ("median", "p90", "p95", "p99", "p999")  # of the KL divergence that get one by resampling
 KLD_EDGES = 10.0 ** (np.arange(-64, 17) / 8)  # of the histogram's bins: 1e-8 to 100, the same for every file
+MAX_LOSS = 300  # mean nats of a chunk: the square of a perplexity is still a finite number
 FEW = 10  # positions that are too few for an error
 POSITION = np.dtype([(name, "<f4") for name in ("nll_base", "nll", "kld", "delta_p")] + [("same_top", "?")])
 
@@ -50,9 +51,11 @@ class Scores:
         for start in range(0, len(targets), rows):
             part = slice(start, start + rows)
             chunk[part] = _compare(base[part], logits[part], targets[part])
-        finite = [np.isfinite(chunk[name]).all() for name in ("nll_base", "nll", "kld")]
-        if not all(finite):
-            raise GgufMoeError(f"{self.name}: chunk {len(self.chunks)} gives logits that are not finite; it is damaged")
+        where = f"{self.name}: chunk {len(self.chunks)} gives"
+        if not all(np.isfinite(chunk[name]).all() for name in ("nll_base", "nll", "kld")):
+            raise GgufMoeError(f"{where} logits that are not finite; it is damaged")
+        if (loss := chunk["nll"].mean()) > MAX_LOSS:
+            raise GgufMoeError(f"{where} a mean loss of {loss:.0f} nats, expected {MAX_LOSS} at most; it is damaged")
         self.chunks.append(chunk)
 
 

@@ -159,6 +159,7 @@ def test_few_positions_have_no_errors() -> None:
         (lambda b, q, t: (b, np.where(q == q.max(), np.nan, q), t), "a.gguf: chunk 0 gives logits that are not finite"),
         (lambda b, q, t: (b, np.where(q == q.max(), np.inf, q), t), "a.gguf: chunk 0 gives logits that are not finite"),
         (lambda b, q, t: (b, np.where(b == b.max(), -np.inf, q), t), "a.gguf: chunk 0 gives logits that are not"),
+        (lambda b, q, t: (b, 1000 * q, t), "nats, expected 300 at most; it is damaged"),
     ],
 )
 def test_logits_without_figures_are_refused(change: Callable, message: str) -> None:
