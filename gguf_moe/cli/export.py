@@ -17,13 +17,15 @@ from gguf_moe.card import check_repo, write_card
 from gguf_moe.checkpoint import read_optional_json
 from gguf_moe.cli.options import as_request, open_model, request_options
 from gguf_moe.cli.progress import progress_bar, warn
-from gguf_moe.cli.validate import evaluate, validation_lines, write_json
+from gguf_moe.cli.validate import check_ours, evaluate, validation_lines, write_json
 from gguf_moe.cli.verify import verify_files
 from gguf_moe.duplicates import find_duplicates
 from gguf_moe.errors import UsageError
 from gguf_moe.estimate import seconds_of_encoding
 from gguf_moe.evaluation.engines import Settings
+from gguf_moe.evaluation.guards import check_alike
 from gguf_moe.evaluation.source import open_model as open_source
+from gguf_moe.evaluation.source import planned_model
 from gguf_moe.evaluation.validate import read_windows
 from gguf_moe.export import LADDER, Event, Finished, Found
 from gguf_moe.export import export as run_plans
@@ -86,8 +88,8 @@ def export(
     if dry_run:
         _print_levels(plans, output, threads, as_json)
         return
-    if text:  # what is wrong with it is better said before the ladder
-        read_windows(open_source(model), text, Settings())
+    if text:
+        _check_validation(model, output, plans[0], text, force)
     duplicates = find_duplicates(plans)
     try:
         with progress_bar() as show_progress:
@@ -105,14 +107,25 @@ def export(
         raise
     if not as_json:
         click.echo("\n".join([*duplicates.notes(), f"{_count(len(plans))} complete in {output}"]))
-    if text:
-        _validate(model, output, plans, manifest, text, as_json)
-    found = _last_report(output, manifest)
-    warn(write_card(output, plans[0], manifest, quantized_by=quantized_by, repo=repo, report=found))
+    try:
+        if text:
+            _validate(model, output, plans, manifest, text, as_json)
+    finally:  # the ladder is there, however its validation ends
+        found = _last_report(output, manifest)
+        warn(write_card(output, plans[0], manifest, quantized_by=quantized_by, repo=repo, report=found))
     files = [file.path(output / plan.default_name) for plan in plans for file in plan.files]
     if verify and not verify_files(files, None, as_json, event="verified"):
         click.echo("gguf-moe: delete what is not good, and run again to make it anew", err=True)
         context.exit(1)
+
+
+def _check_validation(model: Path, output: Path, plan: Plan, text: Path, force: bool) -> None:
+    """Refuse before the ladder what its validation would refuse after it."""
+    base, name = open_source(model), plan.default_name
+    read_windows(base, text, Settings())
+    check_alike(base, planned_model(output / name, plan.file_type.name, plan.size, plan))
+    if (output / REPORT).exists() and not force:
+        check_ours(output / REPORT)
 
 
 def _validate(model: Path, output: Path, plans: list[Plan], manifest: Manifest, text: Path, as_json: bool) -> None:

@@ -12,7 +12,7 @@ from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.gguf_reader import TENSOR_TYPES
 from gguf_moe.gguf_source import open_gguf
 from gguf_moe.mapping import MappedTensor
-from gguf_moe.plan import make_plan
+from gguf_moe.plan import Plan, make_plan
 from gguf_moe.recipe import find_file_type
 from gguf_moe.request import Request
 
@@ -48,10 +48,14 @@ def open_model(path: Path) -> ModelSource:
     """
     model = open_checkpoint(path) if path.is_dir() else open_gguf(path)
     plan = make_plan(model, find_file_type("F32"), Request(allow_requantize=True))
-    tensors = {t.info.name: t.mapped for t in plan.tensors}
     if path.is_dir():
         kinds = Counter(tensor.type for tensors in model.files.values() for tensor in tensors)
         kind, size = kinds.most_common(1)[0][0], model.nbytes
     else:
         kind, size = model.kept_file_type.name, sum(file.size for file in model.files)
-    return ModelSource(path, kind, size, plan.keys, tensors, plan.warnings)
+    return planned_model(path, kind, size, plan)
+
+
+def planned_model(path: Path, quant: str, size: int, plan: Plan) -> ModelSource:
+    """What a plan makes, as the model that it will be, with the weights of its source."""
+    return ModelSource(path, quant, size, plan.keys, {t.info.name: t.mapped for t in plan.tensors}, plan.warnings)

@@ -286,6 +286,29 @@ def test_an_export_with_its_validation(run, tmp_path: Path) -> None:
     assert not list(out.glob("*.partial"))
 
 
+def test_an_export_refuses_beforehand_what_its_validation_would(run, tmp_path: Path) -> None:
+    out, arguments = tmp_path / "out", ("export", MERGE, "-o", tmp_path / "out", "--quant", "Q2_K", "--validate", TEXT)
+    result = run(*arguments, "--experts-used", 1)
+    assert result.exit_code == 1
+    assert "llama.expert_used_count is 1, expected 2 as in the base" in result.stderr
+    assert not out.exists()
+    out.mkdir()
+    (out / "validation.json").write_text('{"mine": 1}')
+    result = run(*arguments)
+    assert (result.exit_code, "validation.json: exists and is no report" in result.stderr) == (1, True)
+    assert [path.name for path in out.iterdir()] == ["validation.json"]
+
+
+def test_an_export_has_its_card_however_its_validation_ends(run, tmp_path: Path, monkeypatch) -> None:
+    def stop(*arguments: object) -> None:
+        raise GgufMoeError("stopped")
+
+    monkeypatch.setattr(Weights, "matrix", stop)
+    result = run("export", MERGE, "-o", tmp_path, "--quant", "Q2_K", "--validate", TEXT)
+    assert (result.exit_code, "stopped" in result.stderr) == (1, True)
+    assert "Q2_K" in (tmp_path / "README.md").read_text()
+
+
 def test_page_and_plots(run, made, tmp_path: Path) -> None:
     files = [made("json", level) for level in ("Q2_K", "Q8_0")]
     result = run(
