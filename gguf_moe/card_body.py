@@ -158,7 +158,8 @@ def _measured(columns: Sequence[_Column], report: Mapping[str, Any]) -> str:
     where += f", {tokens} tokens" if tokens is not None else ""
     where += f", in windows of {context}" if context is not None else ""
     meanings = "; ".join(f"{column.title}: {column.meaning}" for column in columns)
-    return f"{meanings}. Measured with `gguf-moe validate` on {where}."
+    engine = f" {escaped(note)}" if isinstance(note := report.get("note"), str) else ""
+    return f"{meanings}. Measured with `gguf-moe validate` on {where}.{engine}"
 
 
 def experts_section(donors: Sequence[Donor]) -> str:

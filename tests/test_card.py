@@ -40,6 +40,7 @@ REPORT = {
     "text": {"name": "eval|<b>.txt", "sha256": "ab" * 32},
     "ctx": 512,
     "tokens": 49368,
+    "note": "By <one> engine.",
     "files": [
         {
             "name": "TidePool-4x4M-v1-Q4_K_M.gguf",
@@ -220,7 +221,7 @@ def test_figures_of_validation(export: Export) -> None:
     ]
     assert files[0][4:] == ["PPL ratio", "mean KL", "same top token", "same experts", "When to choose it"]
     assert [row[4:8] for row in files[2:]] == [["-"] * 4, ["1.0074", "0.00659", "93.8%", "98.6%"], ["-"] * 4]
-    text = f"eval\\|&lt;b&gt;.txt (SHA-256 {'ab' * 32}), 49368 tokens, in windows of 512."
+    text = f"eval\\|&lt;b&gt;.txt (SHA-256 {'ab' * 32}), 49368 tokens, in windows of 512. By &lt;one&gt; engine."
     assert f"Measured with `gguf-moe validate` on {text}\n" in export.text
     dense = {**REPORT, "files": [{**REPORT["files"][0], "routing": {}}]}
     assert tables(export.write(report=dense))[0][0][4:7] == ["PPL ratio", "mean KL", "same top token"]
