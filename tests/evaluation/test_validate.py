@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -247,6 +248,16 @@ def test_a_text_that_the_importance_matrix_knows_is_warned_of(run, tmp_path: Pat
     warned = run("validate", MERGE, tmp_path / "weighed.gguf", "--text", calibration, *SHORT)
     assert "weighed.gguf: its importance matrix was made from a text called calib.txt too" in warned.stderr
     assert "importance" not in run("validate", MERGE, tmp_path / "weighed.gguf", "--text", TEXT, *SHORT).stderr
+
+
+def test_a_text_of_that_hash_is_warned_of_whatever_its_name(run, tmp_path: Path) -> None:
+    key = f"gguf_moe.imatrix.text_sha256=str:{hashlib.sha256(TEXT.read_bytes()).hexdigest()}"
+    run("convert", MERGE, "--quant", "Q2_K", "--override-kv", key, "-o", tmp_path / "hashed.gguf")
+    text = shutil.copy(TEXT, tmp_path / "renamed.txt")
+    warned = run("validate", MERGE, tmp_path / "hashed.gguf", "--text", text, *SHORT)
+    assert "hashed.gguf: its importance matrix was made from this very text, renamed.txt" in warned.stderr
+    text.write_text(TEXT.read_text() + "\nmore")
+    assert "importance" not in run("validate", MERGE, tmp_path / "hashed.gguf", "--text", text, *SHORT).stderr
 
 
 def test_without_torch_the_command_says_how_to_get_it(made) -> None:
