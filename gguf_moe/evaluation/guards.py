@@ -74,6 +74,14 @@ def calibration_warnings(sources: Sequence[ModelSource], text: EvaluationText) -
             )
 
 
+def context_warnings(base: ModelSource, context: int) -> Iterator[str]:
+    """What is to be said of windows that are longer than what the base was trained on."""
+    keys = ModelKeys(base.path, base.keys)
+    most = keys.value(keys.model(_LLM.CONTEXT_LENGTH))
+    if isinstance(most, int) and context > most:
+        yield f"--ctx {context}: {base.name} was trained on windows of {most} tokens, its perplexity grows beyond them"
+
+
 def _texts(item: gguf.GGUFValue | None) -> list[str]:
     """A key's text or texts."""
     value: Any = item.value if item else []

@@ -260,6 +260,13 @@ def test_a_text_of_that_hash_is_warned_of_whatever_its_name(run, tmp_path: Path)
     assert "importance" not in run("validate", MERGE, tmp_path / "hashed.gguf", "--text", text, *SHORT).stderr
 
 
+def test_windows_beyond_the_models_context_are_warned_of(run, made) -> None:
+    for context in (512, 513):
+        result = run("validate", MERGE, made("json", "Q2_K"), "--text", TEXT, "--ctx", context, "--chunks", 1)
+        warning = "--ctx 513: TidePool-4x4M-v1 was trained on windows of 512 tokens"
+        assert (warning in result.stderr) == (context == 513), result.stderr
+
+
 def test_without_torch_the_command_says_how_to_get_it(made) -> None:
     code = "import sys; sys.modules['torch'] = None; from gguf_moe.cli import main; main()"
     arguments = ["validate", str(MERGE), str(made("json", "Q2_K")), "--text", str(TEXT)]
