@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -59,11 +60,7 @@ def validate(
     bounded = max_kld is not None or max_ppl_ratio is not None
     if check and not bounded:
         raise UsageError("--check needs a bound, --max-kld or --max-ppl-ratio")
-    for path in (json_path, html, plots):
-        if path and not path.absolute().parent.is_dir():
-            raise GgufMoeError(f"{path}: no such directory")
-        if path and path.exists() and path.is_dir() != (path == plots):
-            raise GgufMoeError(f"{path}: is {'no' if path == plots else 'a'} directory")
+    _check_targets([path for path in (json_path, html, settings["state"]) if path], plots, (base, *files, text))
     draw = _plotting(html, plots)
     found = evaluate(base, _firsts(files), text, Settings(**settings))
     click.echo("\n".join(validation_lines(found)))
@@ -99,6 +96,23 @@ def evaluate(base: Path, files: list[Path], text: Path, settings: Settings) -> d
 def write_json(path: Path, found: dict[str, Any]) -> None:
     """The report as a file."""
     write_whole(path, f"{json.dumps(found, indent=1, allow_nan=False)}\n".encode())
+
+
+def _check_targets(files: list[Path], plots: Path | None, inputs: tuple[Path, ...]) -> None:
+    """Refuse before the work what could not be written after it, and what must not be: what is read, or a device."""
+    for path in [*files, plots] if plots else files:
+        directory = path if path == plots and path.is_dir() else path.absolute().parent
+        if not directory.is_dir():
+            raise GgufMoeError(f"{path}: no such directory")
+        if not os.access(directory, os.W_OK):
+            raise GgufMoeError(f"{path}: not written: {directory} may not be written to")
+        if path.exists() and any(path.samefile(source) for source in inputs if source.exists()):
+            raise GgufMoeError(f"{path}: is the input itself; name another file")
+        if path.exists() and not (path.is_dir() if path == plots else path.is_file()):
+            expected = "directory" if path == plots else "regular file, expected a file name"
+            raise GgufMoeError(f"{path}: is no {expected}")
+    if len({path.absolute() for path in files}) < len(files):
+        raise UsageError("--json, --html and --resume need a file each")
 
 
 def _plotting(html: Path | None, plots: Path | None) -> Callable[[dict[str, Any]], None]:

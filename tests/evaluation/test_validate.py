@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,9 @@ def test_a_stopped_run_goes_on_behind_its_finished_sweeps(sweeps: int, made, tmp
 
 def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
     file = made("json", "Q2_K")
-    (tmp_path / "short.txt").write_text("too short")
+    short, same = tmp_path / "short.txt", tmp_path / "same"
+    short.write_text("too short")
+    os.mkfifo(pipe := tmp_path / "pipe")
     other = bundled().save(tmp_path / "other")
     vocabulary = json.loads((other / "tokenizer.json").read_text())
     tokens = dict(vocabulary["model"]["vocab"])
@@ -130,7 +133,7 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
     vocabulary["model"]["vocab"] = tokens
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     cases = [
-        ((MERGE, file, "--text", tmp_path / "short.txt"), 1, "short.txt: "),
+        ((MERGE, file, "--text", short), 1, "short.txt: "),
         ((MERGE, file, "--text", tmp_path / "none.txt"), 1, "none.txt: "),
         ((MERGE, tmp_path / "none.gguf", "--text", TEXT), 1, "none.gguf"),
         ((other, file, "--text", TEXT), 1, "tokenizer.ggml.tokens[500] is "),
@@ -138,13 +141,20 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
         ((MERGE, file, "--text", TEXT, "--memory", "1M"), 2, "--memory: 1000000 bytes are allowed"),
         ((MERGE, file, "--text", TEXT, "--device", "tpu9"), 2, "--device tpu9: torch cannot use it"),
         ((MERGE, file, "--text", TEXT, "--json", tmp_path / "no" / "r.json"), 1, "no such directory"),
-        ((MERGE, file, "--text", TEXT, "--html", tmp_path), 1, f"{tmp_path}: is a directory"),
-        ((MERGE, file, "--text", TEXT, "--plots", file), 1, f"{file}: is no directory"),
+        ((MERGE, file, "--text", TEXT, "--html", tmp_path), 1, f"{tmp_path}: is no regular file"),
+        ((MERGE, file, "--text", TEXT, "--plots", short), 1, f"{short}: is no directory"),
+        ((MERGE, file, "--text", TEXT, "--json", file), 1, f"{file}: is the input itself"),
+        ((MERGE, file, "--text", short, "--html", short), 1, f"{short}: is the input itself"),
+        ((MERGE, file, "--text", TEXT, "--resume", file), 1, f"{file}: is the input itself"),
+        ((MERGE, file, "--text", TEXT, "--json", pipe), 1, f"{pipe}: is no regular file"),
+        ((MERGE, file, "--text", TEXT, "--json", same, "--html", same), 2, "need a file each"),
         ((MERGE, "--text", TEXT), 2, "FILES"),
     ]
+    before = file.read_bytes()
     for arguments, code, message in cases:
         result = run("validate", *arguments)
         assert (result.exit_code, message in result.stderr) == (code, True), (arguments, result.stderr)
+    assert (file.read_bytes(), short.read_text(), same.exists()) == (before, "too short", False)
 
 
 def test_a_text_that_the_importance_matrix_knows_is_warned_of(run, tmp_path: Path, monkeypatch) -> None:
