@@ -28,9 +28,9 @@ class Engine:
     def __init__(self, settings: Settings) -> None:
         self.settings, self.dtype = settings, getattr(torch, settings.dtype)
         try:
-            torch.empty(1, device=settings.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            torch.zeros(1, device=settings.device).item()  # read back, which `meta` cannot
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0].split(". ")[0]  # torch goes on at length
             raise UsageError(f"--device {settings.device}: torch cannot use it: {reason}") from None
 
     @contextmanager

@@ -134,12 +134,16 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     cases = [
         ((MERGE, file, "--text", short), 1, "short.txt: "),
-        ((MERGE, file, "--text", tmp_path / "none.txt"), 1, "none.txt: "),
+        ((MERGE, file, "--text", tmp_path / "none.txt"), 1, "UTF-8 text: No such file or directory\n"),
         ((MERGE, tmp_path / "none.gguf", "--text", TEXT), 1, "none.gguf"),
         ((other, file, "--text", TEXT), 1, "tokenizer.ggml.tokens[500] is "),
         ((saved("qwen2"), file, "--text", TEXT), 1, "general.architecture is 'llama', expected 'qwen2' as in the base"),
         ((MERGE, file, "--text", TEXT, "--memory", "1M"), 2, "--memory: 1000000 bytes are allowed"),
         ((MERGE, file, "--text", TEXT, "--device", "tpu9"), 2, "--device tpu9: torch cannot use it"),
+        ((MERGE, file, "--text", TEXT, "--device", "vulkan"), 2, "from the 'Vulkan' backend\n"),
+        ((MERGE, file, "--text", TEXT, "--device", "hpu"), 2, "--device hpu: torch cannot use it"),
+        ((MERGE, file, "--text", TEXT, "--device", "meta"), 2, "--device meta: torch cannot use it"),
+        ((MERGE, file, "--text", TEXT, "--resume", short), 1, "not a whole state file of a validation; name"),
         ((MERGE, file, "--text", TEXT, "--json", tmp_path / "no" / "r.json"), 1, "no such directory"),
         ((MERGE, file, "--text", TEXT, "--html", tmp_path), 1, f"{tmp_path}: is no regular file"),
         ((MERGE, file, "--text", TEXT, "--plots", short), 1, f"{short}: is no directory"),
