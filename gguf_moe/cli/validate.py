@@ -89,7 +89,11 @@ def evaluate(base: Path, files: list[Path], text: Path, settings: Settings) -> d
             return run(base, files, text, settings, tell)
     except (KeyboardInterrupt, SystemExit):
         if settings.state:
-            click.echo("gguf-moe: interrupted; the same command goes on behind the last finished sweep", err=True)
+            kept = settings.state.exists()
+            text = (
+                "; the same command goes on behind the last finished sweep" if kept else " before a sweep was finished"
+            )
+            click.echo(f"gguf-moe: interrupted{text}", err=True)
         raise
 
 

@@ -120,6 +120,24 @@ def test_a_stopped_run_goes_on_behind_its_finished_sweeps(sweeps: int, made, tmp
         validate(MERGE, files, TEXT, settings)
 
 
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("make_report", "gguf-moe: interrupted; the same command goes on behind the last finished sweep\n"),
+        ("write_state", "gguf-moe: interrupted before a sweep was finished\n"),
+    ],
+)
+def test_an_interruption_says_what_is_kept(
+    step: str, said: str, run, made, small_sweeps, tmp_path: Path, monkeypatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"gguf_moe.evaluation.validate.{step}", stop)
+    result = run("validate", MERGE, made("json", "Q2_K"), "--text", TEXT, *SHORT, "--resume", tmp_path / "state")
+    assert said in result.stderr
+
+
 def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
     file = made("json", "Q2_K")
     short, same = tmp_path / "short.txt", tmp_path / "same"
@@ -138,7 +156,7 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
         ((MERGE, tmp_path / "none.gguf", "--text", TEXT), 1, "none.gguf"),
         ((other, file, "--text", TEXT), 1, "tokenizer.ggml.tokens[500] is "),
         ((saved("qwen2"), file, "--text", TEXT), 1, "general.architecture is 'llama', expected 'qwen2' as in the base"),
-        ((MERGE, file, "--text", TEXT, "--memory", "1M"), 2, "--memory: 1000000 bytes are allowed"),
+        ((MERGE, file, "--text", TEXT, "--memory", "1M"), 2, "--memory: 1.00 MB are allowed"),
         ((MERGE, file, "--text", TEXT, "--device", "tpu9"), 2, "--device tpu9: torch cannot use it"),
         ((MERGE, file, "--text", TEXT, "--device", "vulkan"), 2, "from the 'Vulkan' backend\n"),
         ((MERGE, file, "--text", TEXT, "--device", "hpu"), 2, "--device hpu: torch cannot use it"),
