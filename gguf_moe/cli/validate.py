@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from gguf_moe.cli.progress import progress_share, warn
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.evaluation.engines import DTYPES, MODULES, Settings
 from gguf_moe.evaluation.events import MemoryPlan, Notice, Started
-from gguf_moe.evaluation.pareto import smallest
+from gguf_moe.evaluation.pareto import by_size, smallest
 from gguf_moe.evaluation.validate import STEPS, Event
 from gguf_moe.evaluation.validate import validate as run
 from gguf_moe.gguf_file import write_whole
 
+WIDTH = 100  # characters of a line, the table's included
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
@@ -161,14 +163,14 @@ def _memory_text(plan: MemoryPlan) -> str:
 def validation_lines(found: dict[str, Any]) -> list[str]:
     """The table by size, the smallest first, and what its figures are."""
     rows: list[tuple[object, ...]] = [
-        ("", "file", "size", "bits", "PPL", "", "ratio", "mean KL", "99% KL", "same top", "same experts")
+        ("", "level", "size", "bits", "PPL", "", "ratio", "mean KL", "99% KL", "same top", "same experts")
     ]
-    for file in sorted(found["files"], key=lambda file: file["size_bytes"]):
+    for file, label in zip(*by_size(found)):
         routing = file["routing"]
         rows.append(
             (
                 "*" if file["name"] in found["pareto"] else "",
-                report.printable(file["name"]),
+                report.printable(label),
                 *_columns(file),
                 f"{file['ppl_ratio']:.4f}",
                 f"{file['kld_mean']:.6f}",
@@ -177,14 +179,15 @@ def validation_lines(found: dict[str, Any]) -> list[str]:
                 f"{100 * routing['same_set']:.2f} %" if routing else "-",
             )
         )
-    rows.append(("", report.printable(found["base"]["name"]), *_columns(found["base"]), "", "", "", "", ""))
+    rows.append(("", "base", *_columns(found["base"]), "", "", "", "", ""))
     text = found["text"]
     return [
         report.table(rows, "<<>>>>>>>>>"),
-        "* no other file is as small and as near to the base",
+        f"* no other file is as small and as near to the base, {report.printable(found['base']['name'])}",
+        "bits: of a weight; +-: standard error; KL: in nats a token; 99% KL: what 1 % of the tokens exceed",
         f"{report.printable(text['name'])} (SHA-256 {text['sha256'][:12]}...): {found['chunks']} windows of "
-        f"{found['ctx']} tokens, {found['scored']} of {found['tokens']} scored",
-        found["note"],
+        f"{found['ctx']}, {found['scored']} of {found['tokens']} tokens scored",
+        textwrap.fill(report.printable(found["note"]), WIDTH),
     ]
 
 

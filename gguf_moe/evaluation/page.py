@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gguf_moe.evaluation.plots import by_size, render
+from gguf_moe.evaluation.pareto import by_size
+from gguf_moe.evaluation.plots import render
 from gguf_moe.gguf_file import write_whole
 from gguf_moe.report import printable, size_text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -28,7 +29,10 @@ def make_report(
     tokens: those that were evaluated; scored: positions that the figures are of, from the middle of each window on.
     """
     chunks, context = text.windows.shape
+    count = Counter(source.name for source in sources[1:])
     files = [{**_facts(s), **_measures(m, settings)} for s, m in zip(sources[1:], models[1:])]
+    for file, source in zip(files, sources[1:]):  # those of one name, in several directories, by their paths
+        file["name"] = source.name if count[source.name] == 1 else str(source.path)
     best = [file["name"] for file in pareto(files)]
     return {
         "program": {"name": "gguf-moe", "version": __version__},

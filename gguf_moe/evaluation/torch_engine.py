@@ -21,8 +21,8 @@ class Engine:
     """See `engines.Engine`."""
 
     NOTE = (
-        "By gguf-moe's own forward pass, in which only weights are quantized. llama.cpp rounds activations to 8 bits "
-        "too, which is most of its KL divergence at 6 and 8 bits; --engine llama.cpp measures with them."
+        "By gguf-moe's own forward pass: only weights are quantized. llama.cpp also rounds activations to 8 bits, "
+        "which is most of its KL divergence at 6 and 8 bits; --engine llama.cpp measures that."
     )
 
     def __init__(self, settings: Settings) -> None:

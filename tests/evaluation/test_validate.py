@@ -14,6 +14,7 @@ import pytest
 from checkpoints import DATA, MERGE, bundled
 from test_golden import GOLDEN
 
+from gguf_moe.cli.validate import WIDTH
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.evaluation import torch_engine
 from gguf_moe.evaluation.engines import Settings
@@ -69,8 +70,12 @@ def test_the_table_marks_and_chooses(run, made) -> None:
     files = [made("json", level) for level in ("Q2_K", "Q4_K_M", "Q8_0")]
     arguments = ("validate", MERGE, *files, "--text", TEXT, *SHORT)
     result = run(*arguments, "--max-kld", 0.02)
-    rows = [line.split() for line in result.stdout.splitlines()]
-    assert [row[1] for row in rows if row and row[0] == "*" and row[1].endswith(".gguf")] == [f.name for f in files]
+    head, *rows = result.stdout.splitlines()
+    assert [row.split()[:2] for row in rows[:3]] == [["*", level] for level in ("Q2_K", "Q4_K_M", "Q8_0")]
+    assert rows[3].split()[:3] == ["base", "18.37", "MB"]
+    assert head.split()[0] == "level"
+    assert max(map(len, (head, *rows))) <= WIDTH
+    assert "near to the base, TidePool-4x4M-v1" in rows[4]
     chosen = "the smallest file with a mean KL of at most 0.02: json-Q4_K_M.gguf, 5.84 MB"
     assert result.stdout.splitlines()[-1] == chosen
     none = run(*arguments, "--max-kld", 1e-9, "--check")
@@ -177,6 +182,17 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
         result = run("validate", *arguments)
         assert (result.exit_code, message in result.stderr) == (code, True), (arguments, result.stderr)
     assert (file.read_bytes(), short.read_text(), same.exists()) == (before, "too short", False)
+
+
+def test_files_of_one_name_are_told_apart(run, made, tmp_path: Path) -> None:
+    file, other = made("json", "Q2_K"), tmp_path / "json-Q2_K.gguf"
+    shutil.copy(made("json", "Q3_K_S"), other)
+    report = report_of(run, tmp_path / "r.json", MERGE, file, other, "--text", TEXT, *SHORT)
+    assert [found["name"] for found in report["files"]] == [str(file), str(other)]
+    shutil.copy(file, other)
+    result = run("validate", MERGE, file, other, "--text", TEXT, *SHORT)
+    labels = [line.split()[1] for line in result.stdout.splitlines()[1:3]]
+    assert labels == [str(file.with_suffix("")), str(other.with_suffix(""))]
 
 
 def test_a_text_that_the_importance_matrix_knows_is_warned_of(run, tmp_path: Path, monkeypatch) -> None:
