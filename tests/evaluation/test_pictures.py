@@ -221,10 +221,16 @@ def test_pages_say_what_was_measured_and_how(tmp_path: Path) -> None:
     for row, file in zip(rows, report["files"]):
         assert row[column] == f"{file['kld_mean']:.6f} ± {file['kld_error']:.6f}"
         p99, low, high = (float(f"{value:.3g}") for value in (file["kld_p99"], *file["intervals"]["kld_p99"]))
-        shown = re.fullmatch(r"(\S+) (\S+) to (\S+)", row[head.index("KL at 99 %")])
+        shown = re.fullmatch(r"(\S+) (\S+) to (\S+)", row[head.index("KL at 99\N{NO-BREAK SPACE}%")])
         assert shown
         assert [float(part) for part in shown.groups()] == [p99, low, high]
     assert len(rows[-1]) == 5
+    assert head.index("same top token") == column + 1, "before the quantiles, which may have to be scrolled to"
+    assert "in nats a token" in found.text
+    assert "their 95 % intervals" in found.text
+    for file in report["files"]:
+        del file["intervals"]
+    assert "95 %" not in page(report, tmp_path)[1].text
 
 
 def test_pages_hold_no_script_and_load_nothing(tmp_path: Path) -> None:
