@@ -1,4 +1,4 @@
-"""What base and quantized file must have in common, and what makes figures look better than they are."""
+"""What base and quantized file must have in common, and what makes figures tell less than they seem to."""
 
 from __future__ import annotations
 
@@ -72,6 +72,13 @@ def calibration_warnings(sources: Sequence[ModelSource], text: EvaluationText) -
                 f"{source.name}: its importance matrix was made from a text called {text.name} too; if it is the same, "
                 "evaluate on another one"
             )
+
+
+def context_warnings(base: ModelSource, context: int) -> Iterator[str]:
+    """What is to be said of windows that are longer than the base was made for."""
+    model = ModelKeys(base.path, base.keys)
+    if (made_for := model.value(model.model(_LLM.CONTEXT_LENGTH))) and context > made_for:
+        yield f"{base.name}: is made for {made_for} tokens, windows of {context} tell little; give a smaller --ctx"
 
 
 def _texts(item: gguf.GGUFValue | None) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 from gguf_moe.evaluation.engines import Engine, Loaded, Settings, open_engine
 from gguf_moe.evaluation.events import Notice, Progress, Routed, Scored, Started
 from gguf_moe.evaluation.figures import Scores
-from gguf_moe.evaluation.guards import calibration_warnings, check_alike
+from gguf_moe.evaluation.guards import calibration_warnings, check_alike, context_warnings
 from gguf_moe.evaluation.results import make_report
 from gguf_moe.evaluation.routing import ExpertLoad, RoutingScores
 from gguf_moe.evaluation.source import ModelSource, open_model
@@ -46,7 +46,8 @@ def validate(
     for source in sources[1:]:
         check_alike(sources[0], source)
     engine, read = read_windows(sources[0], text, settings)
-    warnings = [*sources[0].warnings, *calibration_warnings(sources, read)]
+    unsound = (*context_warnings(sources[0], settings.context), *calibration_warnings(sources, read))
+    warnings = [*sources[0].warnings, *unsound]
     for warning in warnings:
         on_event(Notice(warning))
     state = State(identity(sources, read, settings), [Measured(Scores(str(source.path))) for source in sources])

@@ -204,6 +204,14 @@ def test_a_text_that_the_importance_matrix_knows_is_warned_of(run, tmp_path: Pat
     assert "importance" not in run("validate", MERGE, tmp_path / "weighed.gguf", "--text", TEXT, *SHORT).stderr
 
 
+def test_windows_beyond_what_the_model_is_made_for_are_warned_of(run, made) -> None:
+    arguments = ("validate", MERGE, made("json", "Q2_K"), "--text", TEXT, "--chunks", 1, "--ctx")
+    warned = run(*arguments, 513)
+    assert warned.exit_code == 0
+    assert "warning: TidePool-4x4M-v1: is made for 512 tokens, windows of 513 tell little" in warned.stderr
+    assert "warning" not in run(*arguments, 512).stderr
+
+
 def test_without_torch_the_command_says_how_to_get_it(made) -> None:
     code = "import sys; sys.modules['torch'] = None; from gguf_moe.cli import main; main()"
     arguments = ["validate", str(MERGE), str(made("json", "Q2_K")), "--text", str(TEXT)]
