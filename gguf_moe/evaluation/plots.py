@@ -56,6 +56,7 @@ _STYLE = {
 _WIDTH = 8.0  # inches
 _NUMBERED = 16  # layers or experts at most that have numbers in their cells
 _LABEL = 24  # characters at most
+_CHARACTER = 0.0125  # of the width of axes
 _SMALLEST_KLD = 1e-8  # drawn; less is rounding
 
 Report = Mapping[str, Any]
@@ -117,8 +118,10 @@ def _kld_size(report: Report) -> Figure:
         side = -1 if steps[i + 1] < steps[i] else 1
         align = {"ha": "left", "va": "bottom"} if side > 0 else {"ha": "right", "va": "top"}
         axes.annotate(labels[i], (size, kld), (5 * side, 4 * side), textcoords="offset points", **align)
-    axes.margins(0.12, 0.1)
+    longest = _CHARACTER * max(map(len, labels))
+    axes.margins(max(0.12, longest / (1 - 2 * longest)), 0.1)  # room for the outermost labels on both sides
     _scale(axes.xaxis, sizes)
+    axes.set_xlim(left=max(axes.get_xlim()[0], 0))
     _scale(axes.yaxis, klds)
     if axes.get_yscale() == "linear":
         axes.set_ylim(0, 1.2 * max(klds))
@@ -251,6 +254,8 @@ def _scale(axis: Axis, values: Sequence[float]) -> None:
     """Logarithmic where values differ by more than a decade."""
     if max(values) > 10 * min(values):
         _log(axis, (1, 2, 5) if max(values) < 1000 * min(values) else (1,))
+    else:
+        axis.get_major_formatter().set_useOffset(False)
     axis.grid(True)
 
 

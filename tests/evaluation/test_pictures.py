@@ -195,7 +195,7 @@ def test_files_of_one_level_are_told_apart_by_name(tmp_path: Path) -> None:
     words |= {"size in MB", "mean KL divergence from the base"}
     found = texts(tmp_path / "kl-size.svg")
     assert words <= set(found)
-    assert all(float(text) > 0 for text in set(found) - words if text)  # at the axes
+    assert all(float(text) >= 0 for text in set(found) - words if text)  # at the axes
 
 
 def test_pages_say_what_was_measured_and_how(tmp_path: Path) -> None:
@@ -281,6 +281,19 @@ def test_scales_are_logarithmic_only_over_decades(tmp_path: Path) -> None:
     numbers = {float(text) for text in texts(tmp_path / "kl-size.svg") if re.fullmatch(r"\d+\.\d+", text)}
     assert 0 in numbers
     assert 0.001 not in numbers
+
+
+def test_long_labels_have_room_beside_files_of_one_size(tmp_path: Path) -> None:
+    report = make()
+    report["files"] = report["files"][:2]
+    for number, file in enumerate(report["files"]):
+        file |= {"quant": "Q4_K_M", "name": f"a-long-name-of-a-file-{number}", "size_bytes": 5_838_336 + 224 * number}
+    write_plots(report, tmp_path)
+    svg = (tmp_path / "kl-size.svg").read_text()
+    ends = {text: float(x) for x, text in re.findall(r'text-anchor: end[^>]* x="([\d.]+)"[^>]*>([^<]+)', svg)}
+    axis = max(x for text, x in ends.items() if re.fullmatch(r"[\d.]+", text))
+    assert next(x for text, x in ends.items() if text.endswith("file-0")) - axis > 24 * 5, "24 characters' points"
+    assert "5.8384" in texts(tmp_path / "kl-size.svg"), "no offset to be added in the head"
 
 
 PROBE = """<script>addEventListener("load", () => {
