@@ -24,7 +24,7 @@ from gguf_moe.evaluation.validate import validate as run
 from gguf_moe.gguf_file import write_whole
 
 WIDTH = 100  # characters of a line, the table's included
-_LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+_LATER_SHARD = re.compile(r"-(?!00001)\d{5}(-of-\d{5}\.gguf)$")
 
 
 @click.command()
@@ -141,8 +141,9 @@ def _plotting(html: Path | None, plots: Path | None) -> Callable[[dict[str, Any]
 
 
 def _firsts(files: tuple[Path, ...]) -> list[Path]:
-    """Files, and of shards the first, each once."""
-    return list(dict.fromkeys(file for file in files if not _LATER_SHARD.search(file.name)))
+    """Files, each once, without the shards whose first is there; one whose first is not has its error to come."""
+    firsts = {file: file.with_name(_LATER_SHARD.sub(r"-00001\1", file.name)) for file in files}
+    return [file for file, first in firsts.items() if first == file or first not in firsts]
 
 
 def _started_line(event: Started, files: int) -> str:

@@ -195,6 +195,16 @@ def test_files_of_one_name_are_told_apart(run, made, tmp_path: Path) -> None:
     assert labels == [str(file.with_suffix("")), str(other.with_suffix(""))]
 
 
+def test_of_shards_the_first_counts_and_a_later_one_alone_is_refused(run, made, tmp_path: Path) -> None:
+    run("split", made("json", "Q2_K"), "--split-max-size", "2M", "-o", f"{tmp_path}/")
+    first, *later = sorted(tmp_path.glob("*.gguf"))
+    report = report_of(run, tmp_path / "r.json", MERGE, first, *later, "--text", TEXT, *SHORT)
+    assert [file["name"] for file in report["files"]] == [first.name]
+    alone = run("validate", MERGE, *later, "--text", TEXT, *SHORT)
+    assert alone.exit_code == 1
+    assert f"{later[0].name}: is shard 2 of {len(later) + 1}; give the first, {first.name}" in alone.stderr
+
+
 def test_a_text_that_the_importance_matrix_knows_is_warned_of(run, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(GOLDEN)
     run("convert", MERGE, "--quant", "Q2_K", "--imatrix", "tidepool.imatrix.gguf", "-o", tmp_path / "weighed.gguf")
@@ -259,3 +269,11 @@ def test_page_and_plots(run, made, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "page.html").read_text()
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png", ".svg"}
     shutil.rmtree(tmp_path / "plots")
+
+
+def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(run, made, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: (Path(path), mode) != (tmp_path, os.W_OK))
+    for option, target in (("--json", tmp_path / "r.json"), ("--plots", tmp_path), ("--resume", tmp_path / "state")):
+        result = run("validate", MERGE, made("json", "Q2_K"), "--text", TEXT, option, target)
+        message = f"gguf-moe: {target}: not written: {tmp_path} may not be written to\n"
+        assert (result.exit_code, result.stderr, result.stdout) == (1, message, "")
