@@ -91,11 +91,9 @@ def evaluate(base: Path, files: list[Path], text: Path, settings: Settings) -> d
             return run(base, files, text, settings, tell)
     except (KeyboardInterrupt, SystemExit):
         if settings.state:
-            kept = settings.state.exists()
-            text = (
-                "; the same command goes on behind the last finished sweep" if kept else " before a sweep was finished"
-            )
-            click.echo(f"gguf-moe: interrupted{text}", err=True)
+            behind = "; the same command goes on behind the last finished sweep"
+            when = behind if settings.state.exists() else " before a sweep was finished"
+            click.echo(f"gguf-moe: interrupted{when}", err=True)
         raise
 
 
@@ -112,7 +110,7 @@ def _check_targets(files: list[Path], plots: Path | None, inputs: tuple[Path, ..
             raise GgufMoeError(f"{path}: no such directory")
         if not os.access(directory, os.W_OK):
             raise GgufMoeError(f"{path}: not written: {directory} may not be written to")
-        if path.exists() and any(path.samefile(source) for source in inputs if source.exists()):
+        if path.is_file() and any(path.samefile(source) for source in inputs if source.exists()):
             raise GgufMoeError(f"{path}: is the input itself; name another file")
         if path.exists() and not (path.is_dir() if path == plots else path.is_file()):
             expected = "directory" if path == plots else "regular file, expected a file name"

@@ -269,6 +269,9 @@ def test_page_and_plots(run, made, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "page.html").read_text()
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png", ".svg"}
     shutil.rmtree(tmp_path / "plots")
+    merge = shutil.copytree(MERGE, tmp_path / "merge")
+    assert run("validate", merge, *files, "--text", TEXT, *SHORT, "--plots", merge).exit_code == 0
+    assert (merge / "kl-size.svg").exists()
 
 
 def test_a_folder_that_may_not_be_written_to_is_told_before_the_work(run, made, tmp_path: Path, monkeypatch) -> None:
