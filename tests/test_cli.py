@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import gguf
@@ -13,6 +15,7 @@ from checkpoints import MERGE
 
 import quant
 from gguf_moe import __version__, report
+from gguf_moe.cli.progress import progress_share
 from gguf_moe.gguf_reader import read_gguf
 from gguf_moe.recipe import FILE_TYPES
 
@@ -114,3 +117,16 @@ def test_table_and_sizes() -> None:
         "5.84 MB",
         "2.00 TB",
     ]
+
+
+def test_a_bar_of_windows_comes_behind_what_is_said_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with progress_share(100) as show:
+        print("two files", file=sys.stderr)
+        time.sleep(0.2)  # tqdm draws ten times a second at most
+        show(166, 3000)
+    first, bar = terminal.getvalue().split("\n", 1)
+    assert first == "two files"
+    assert "1.7 of 30 windows" in bar

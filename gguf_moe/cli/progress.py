@@ -41,11 +41,11 @@ def progress_bar(*, leave: bool = True) -> Iterator[Callable[[Progress], None]]:
 
 @contextmanager
 def progress_share(unit: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal for what is done of a total, both in parts of which `unit` are one chunk. Elsewhere nothing.
-    It goes when all is done."""
-    with tqdm(
-        unit=" chunks", unit_scale=1 / unit, dynamic_ncols=True, leave=False, disable=not sys.stderr.isatty()
-    ) as bar:
+    """A bar on a terminal for what is done of a total, both in parts of which `unit` are one window. Elsewhere nothing.
+    It comes with the first step, behind what is said before, and goes when all is done."""
+    layout = "{l_bar}{bar}| {n:.1f} of {total:.0f} windows [{elapsed}<{remaining}]"
+    options = {"bar_format": layout, "unit_scale": 1 / unit, "dynamic_ncols": True, "leave": False}
+    with tqdm(**options, delay=1e-9, disable=not sys.stderr.isatty()) as bar:
 
         def advance(done: int, total: int) -> None:
             if bar.total is None:

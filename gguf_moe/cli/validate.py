@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -16,13 +17,14 @@ from gguf_moe.cli.progress import progress_share, warn
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.evaluation.engines import DTYPES, MODULES, Settings
 from gguf_moe.evaluation.events import MemoryPlan, Notice, Started
-from gguf_moe.evaluation.pareto import smallest
+from gguf_moe.evaluation.pareto import by_size, smallest
 from gguf_moe.evaluation.validate import STEPS, Event
 from gguf_moe.evaluation.validate import validate as run
 from gguf_moe.gguf_file import write_whole
 from gguf_moe.gguf_source import shard_path
 
 _MARKS, _START = (b' },\n "engine": "', b"<title>What quantizing "), 1 << 10  # a report has one in its first bytes
+WIDTH = 100  # characters of a line, the table's included
 
 
 @click.command()
@@ -118,7 +120,9 @@ def evaluate(base: Path, files: list[Path], text: Path, settings: Settings) -> d
             return run(base, files, text, settings, tell)
     except (KeyboardInterrupt, SystemExit):
         if settings.state:
-            click.echo("gguf-moe: interrupted; the same command goes on behind the last finished sweep", err=True)
+            behind = "; the same command goes on behind the last finished sweep"
+            when = behind if settings.state.exists() else " before a sweep was finished"
+            click.echo(f"gguf-moe: interrupted{when}", err=True)
         raise
 
 
@@ -169,14 +173,14 @@ def _memory_text(plan: MemoryPlan) -> str:
 def validation_lines(found: dict[str, Any]) -> list[str]:
     """The table by size, the smallest first, and what its figures are."""
     rows: list[tuple[object, ...]] = [
-        ("", "file", "size", "bits", "PPL", "", "ratio", "mean KL", "99% KL", "same top", "same experts")
+        ("", "level", "size", "bits", "PPL", "", "ratio", "mean KL", "99% KL", "same top", "same experts")
     ]
-    for file in sorted(found["files"], key=lambda file: file["size_bytes"]):
+    for file, label in zip(*by_size(found)):
         routing = file["routing"]
         rows.append(
             (
                 "*" if file["name"] in found["pareto"] else "",
-                report.printable(file["name"]),
+                report.printable(label),
                 *_columns(file),
                 f"{file['ppl_ratio']:.4f}",
                 f"{file['kld_mean']:.6f}",
@@ -185,14 +189,15 @@ def validation_lines(found: dict[str, Any]) -> list[str]:
                 f"{100 * routing['same_set']:.2f} %" if routing else "-",
             )
         )
-    rows.append(("", report.printable(found["base"]["name"]), *_columns(found["base"]), "", "", "", "", ""))
+    rows.append(("", "base", *_columns(found["base"]), "", "", "", "", ""))
     text = found["text"]
     return [
         report.table(rows, "<<>>>>>>>>>"),
-        "* no other file is as small and as near to the base",
+        f"* no other file is as small and as near to the base, {report.printable(found['base']['name'])}",
+        "bits: of a weight; +-: standard error; KL: in nats a token; 99% KL: what 1 % of the tokens exceed",
         f"{report.printable(text['name'])} (SHA-256 {text['sha256'][:12]}...): {found['chunks']} windows of "
-        f"{found['ctx']} tokens, {found['scored']} of {found['tokens']} scored",
-        found["note"],
+        f"{found['ctx']}, {found['scored']} of {found['tokens']} tokens scored",
+        textwrap.fill(report.printable(found["note"]), WIDTH),
     ]
 
 

@@ -1,4 +1,4 @@
-"""What base and quantized file must have in common, and what makes figures look better than they are."""
+"""What base and quantized file must have in common, and what makes figures tell less than they seem to."""
 
 from __future__ import annotations
 
@@ -75,11 +75,10 @@ def calibration_warnings(sources: Sequence[ModelSource], text: EvaluationText) -
 
 
 def context_warnings(base: ModelSource, context: int) -> Iterator[str]:
-    """What is to be said of windows that are longer than what the base was trained on."""
-    keys = ModelKeys(base.path, base.keys)
-    most = keys.value(keys.model(_LLM.CONTEXT_LENGTH))
-    if isinstance(most, int) and context > most:
-        yield f"--ctx {context}: {base.name} was trained on windows of {most} tokens, its perplexity grows beyond them"
+    """What is to be said of windows that are longer than the base was made for."""
+    model = ModelKeys(base.path, base.keys)
+    if (made_for := model.value(model.model(_LLM.CONTEXT_LENGTH))) and context > made_for:
+        yield f"{base.name}: is made for {made_for} tokens, windows of {context} tell little; give a smaller --ctx"
 
 
 def _texts(item: gguf.GGUFValue | None) -> list[str]:

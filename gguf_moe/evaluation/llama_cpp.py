@@ -133,7 +133,7 @@ class Llama:
         threads: int = 1,
     ) -> None:
         if path.is_dir():
-            raise UsageError(f"{path}: --engine llama.cpp takes GGUF files only; convert the checkpoint to one first")
+            raise UsageError(f"{path}: --engine llama.cpp takes GGUF files only; make one: gguf-moe convert --bits 16")
         self.path, self.lib, self.context_length, self.context = path, libllama(), context, None
         _errors.clear()
         params = self.lib.llama_model_default_params()

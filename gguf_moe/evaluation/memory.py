@@ -17,6 +17,7 @@ from gguf_moe.evaluation.figures import PIECE_LOGITS
 from gguf_moe.evaluation.forward import Model, panel_rows
 from gguf_moe.evaluation.layer import PIECE_TOKENS, PROJECTIONS, mlp_kinds
 from gguf_moe.evaluation.weights import PIECE_WEIGHTS
+from gguf_moe.report import size_text
 
 MAX_GROUP = 8  # chunks whose logits exist together: the output matrix is decoded once for all of them
 SCORING = 8 * 8 * PIECE_LOGITS  # bytes: eight arrays of float64, of a piece of a chunk's logits
@@ -62,8 +63,9 @@ def plan_memory(
     at_once = (memory - least) // per_chunk
     if at_once < 1:
         raise UsageError(
-            f"--memory: {memory} bytes are allowed, but to evaluate {weights.source.path} takes {least + per_chunk}, "
-            f"of which the program itself has {held}"
+            f"--memory: {size_text(memory)} are allowed, but to evaluate {weights.source.path} takes "
+            f"{size_text(least + per_chunk)}, of which the program itself has {size_text(held)}; allow more, or "
+            "shorten the windows with --ctx"
         )
     sweep = min(math.ceil(chunks / math.ceil(chunks / at_once)), most or chunks)
     group = min(MAX_GROUP, sweep, (memory - held - sweep * per_chunk - fixed) // a_chunk)

@@ -10,7 +10,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from gguf_moe.evaluation.plots import by_size, render
+from gguf_moe.evaluation.pareto import by_size
+from gguf_moe.evaluation.plots import render
 from gguf_moe.gguf_file import write_whole
 from gguf_moe.report import printable, size_text
 
@@ -34,8 +35,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _TITLES = {
     "kl-size": (
         "What each byte buys",
-        "Mean KL divergence from the base against size. Filled and joined: no other file is as small and as near to "
-        "the base. Lower is better.",
+        "Mean KL divergence from the base, in nats a token, against size. Filled and joined: no other file is as small "
+        "and as near to the base. Lower is better.",
     ),
     "perplexity": (
         "Perplexity",
@@ -58,9 +59,10 @@ _TITLES = {
 }
 _FIGURES_NOTE = (
     "★ No other file is as small and as near to the base. ± is one standard error, of the ratio with base and file "
-    "taken as pairs. KL is the divergence of the predictions from the base's, Δp the difference in the probability of "
-    "the text's own next token."
+    "taken as pairs. KL is the divergence of the predictions from the base's, in nats a token, at 99 % what one token "
+    "in a hundred exceeds; Δp the difference in the probability of the text's own next token."
 )
+_INTERVALS_NOTE = " Below the quantiles are their 95 % intervals."
 _ROUTING_NOTE = (
     "Means over layers, against the base. Imbalance is the coefficient of variation of the experts' loads; an expert "
     "starves with less than a tenth of an even share. Tokens sent elsewhere are those that any layer gave to other "
@@ -174,12 +176,12 @@ _OWN: tuple[Column, ...] = (
 _COMPARED: tuple[Column, ...] = (
     ("ratio to the base's", _with_error("ppl_ratio", "ppl_ratio_error", 5)),
     ("mean KL", _with_error("kld_mean", "kld_error", 6)),
+    ("same top token", lambda file: f"{file['same_top']:.2f} %"),
     ("median KL", _quantile("kld_median")),
-    ("KL at 99 %", _quantile("kld_p99")),
-    ("KL at 99.9 %", _quantile("kld_p999")),
+    ("KL at 99&nbsp;%", _quantile("kld_p99")),
+    ("KL at 99.9&nbsp;%", _quantile("kld_p999")),
     ("greatest KL", _quantile("kld_max")),
     ("RMS Δp", lambda file: f"{file['dp_rms']:.3f} %"),
-    ("same top token", lambda file: f"{file['same_top']:.2f} %"),
 )
 _OWN_LOAD: tuple[Column, ...] = (
     _NAME,
@@ -198,7 +200,8 @@ _ROUTED: tuple[Column, ...] = (
 
 def _sections(report: Mapping[str, Any]) -> str:
     """The tables and the pictures."""
-    parts = ["<h2>Figures</h2>", _table(report, _OWN, _COMPARED), _note(_FIGURES_NOTE)]
+    note = _FIGURES_NOTE + (_INTERVALS_NOTE if "intervals" in report["files"][0] else "")
+    parts = ["<h2>Figures</h2>", _table(report, _OWN, _COMPARED), _note(note)]
     for name, data in render(report, "svg").items():
         stem = Path(name).stem
         title, caption = _TITLES[stem]

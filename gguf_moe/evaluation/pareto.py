@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,3 +25,10 @@ def smallest(files: Sequence[File], max_kld: float | None = None, max_ppl_ratio:
     asked = {name: limit for name, limit in limits.items() if limit is not None}
     holding = [file for file in files if all(file[name] <= limit for name, limit in asked.items())]
     return min(holding, key=lambda file: (file["size_bytes"], file["kld_mean"]), default=None)
+
+
+def by_size(report: Mapping[str, Any]) -> tuple[list[File], list[str]]:
+    """A report's files, the smallest first, and what to call each: its level, or its name where several have that."""
+    files = sorted(report["files"], key=lambda file: (file["size_bytes"], file["kld_mean"]))
+    count = Counter(file["quant"] for file in files)
+    return files, [f["quant"] if count[f["quant"]] == 1 else f["name"].removesuffix(".gguf") for f in files]

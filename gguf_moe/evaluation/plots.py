@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import LogLocator, MaxNLocator
 
 from gguf_moe.errors import GgufMoeError
+from gguf_moe.evaluation.pareto import by_size
 from gguf_moe.gguf_file import write_whole
 from gguf_moe.report import printable
 
@@ -56,6 +56,7 @@ _STYLE = {
 _WIDTH = 8.0  # inches
 _NUMBERED = 16  # layers or experts at most that have numbers in their cells
 _LABEL = 24  # characters at most
+_CHARACTER = 0.0125  # of the width of axes
 _SMALLEST_KLD = 1e-8  # drawn; less is rounding
 
 Report = Mapping[str, Any]
@@ -94,18 +95,15 @@ def render(report: Report, *kinds: str) -> dict[str, bytes]:
     return pictures
 
 
-def by_size(report: Report) -> tuple[list[Any], list[str]]:
-    """The files, the smallest first, and what to call each: its level, or its name, the middle left out if it is long,
-    where several have that level."""
-    files = sorted(report["files"], key=lambda file: (file["size_bytes"], file["kld_mean"]))
-    count = Counter(file["quant"] for file in files)
-    labels = [f["quant"] if count[f["quant"]] == 1 else f["name"].removesuffix(".gguf") for f in files]
+def _labelled(report: Report) -> tuple[list[Any], list[str]]:
+    """The files, the smallest first, and their labels, the middle left out of what is long."""
+    files, labels = by_size(report)
     half = _LABEL // 2
     return files, [t if len(t) <= _LABEL else f"{t[:half]}…{t[-half:]}" for t in map(printable, labels)]
 
 
 def _kld_size(report: Report) -> Figure:
-    files, labels = by_size(report)
+    files, labels = _labelled(report)
     figure, axes = _panel(4.6)
     unit, name = (1e9, "GB") if files[-1]["size_bytes"] >= 1e9 else (1e6, "MB")
     sizes = [file["size_bytes"] / unit for file in files]
@@ -120,8 +118,10 @@ def _kld_size(report: Report) -> Figure:
         side = -1 if steps[i + 1] < steps[i] else 1
         align = {"ha": "left", "va": "bottom"} if side > 0 else {"ha": "right", "va": "top"}
         axes.annotate(labels[i], (size, kld), (5 * side, 4 * side), textcoords="offset points", **align)
-    axes.margins(0.12, 0.1)
+    longest = _CHARACTER * max(map(len, labels))
+    axes.margins(max(0.12, longest / (1 - 2 * longest)), 0.1)  # room for the outermost labels on both sides
     _scale(axes.xaxis, sizes)
+    axes.set_xlim(left=max(axes.get_xlim()[0], 0))
     _scale(axes.yaxis, klds)
     if axes.get_yscale() == "linear":
         axes.set_ylim(0, 1.2 * max(klds))
@@ -130,7 +130,7 @@ def _kld_size(report: Report) -> Figure:
 
 
 def _ppl(report: Report) -> Figure:
-    files, labels = by_size(report)
+    files, labels = _labelled(report)
     figure, grid = _panels(1, 2, 1.0 + 0.28 * (len(files) + 1), sharey=True, width_ratios=(3, 2))
     left, right = grid[0]
     rows, base = np.arange(len(files)), report["base"]
@@ -154,7 +154,7 @@ def _ppl(report: Report) -> Figure:
 
 def _kld_tails(report: Report) -> Figure:
     """Of each file, by how much the share of positions that lose most differs from the base."""
-    files, labels = by_size(report)
+    files, labels = _labelled(report)
     figure, axes = _panel(4.8)
     ends = []
     for i, file in enumerate(files):
@@ -192,7 +192,7 @@ def _apart(places: Sequence[float], gap: float) -> np.ndarray:
 
 
 def _agreement(report: Report) -> Figure:
-    files, labels = by_size(report)
+    files, labels = _labelled(report)
     routings = [file["routing"] for file in files]
     shares = 100 * np.array([routing["same_set_per_layer"] for routing in routings])
     figure, axes = _panel(1.1 + 0.28 * len(files))
@@ -209,7 +209,7 @@ def _agreement(report: Report) -> Figure:
 
 def _load(report: Report) -> Figure:
     """The base's load, and how much each level's differs from it: a panel each."""
-    files, labels = by_size(report)
+    files, labels = _labelled(report)
     base = 100 * np.array(report["base"]["load"]["tokens"])
     changes = [100 * np.array(file["routing"]["load"]["tokens"]) - base for file in files]
     most = max(max(np.abs(change).max() for change in changes), 0.1)
@@ -254,6 +254,8 @@ def _scale(axis: Axis, values: Sequence[float]) -> None:
     """Logarithmic where values differ by more than a decade."""
     if max(values) > 10 * min(values):
         _log(axis, (1, 2, 5) if max(values) < 1000 * min(values) else (1,))
+    else:
+        axis.get_major_formatter().set_useOffset(False)
     axis.grid(True)
 
 

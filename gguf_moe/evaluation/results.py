@@ -29,11 +29,10 @@ def make_report(
     tokens: those that were evaluated; scored: positions that the figures are of, from the middle of each window on.
     """
     chunks, context = text.windows.shape
+    count = Counter(source.name for source in sources[1:])
     files = [{**_facts(s), **_measures(m, settings)} for s, m in zip(sources[1:], models[1:])]
-    times = Counter(file["name"] for file in files)
-    for file, source in zip(files, sources[1:]):
-        if times[file["name"]] > 1:  # of several directories; `pareto` would mark them all
-            file["name"] = str(source.path)
+    for file, source in zip(files, sources[1:]):  # those of one name, in several directories, by their paths
+        file["name"] = source.name if count[source.name] == 1 else str(source.path)
     best = [file["name"] for file in pareto(files)]
     return {
         "program": {"name": "gguf-moe", "version": __version__},

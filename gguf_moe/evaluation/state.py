@@ -107,11 +107,11 @@ def read_state(path: Path, state: State) -> str | None:
             state.sweep, state.models = int(arrays["sweep"]), models
     except FileNotFoundError:
         return None
-    except Exception as error:  # zipfile, zlib and NumPy raise a dozen types for what is damaged
-        reason = " ".join(str(error).split())
-        raise GgufMoeError(
-            f"{path}: not a whole state file of a validation ({reason}); remove it to begin anew"
-        ) from None
+    except OSError as error:
+        raise GgufMoeError(f"{path}: not readable: {error.strerror or error}") from None
+    except Exception:  # zipfile, zlib and NumPy raise a dozen types for what is damaged
+        message = "not a whole state file of a validation; name another file, or remove this one to begin anew"
+        raise GgufMoeError(f"{path}: {message}") from None
     return None
 
 

@@ -72,7 +72,8 @@ def read_text(path: Path, tokenizer: TextTokenizer, *, context: int = 512, chunk
         data = path.read_bytes()
         text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise GgufMoeError(f"{path}: not a readable UTF-8 text: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise GgufMoeError(f"{path}: not a readable UTF-8 text: {reason}") from None
     ids = tokenizer.encode(text.removesuffix("\n"))
     if tokenizer.bos is not None:
         ids.insert(0, tokenizer.bos)

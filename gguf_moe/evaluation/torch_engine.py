@@ -21,16 +21,16 @@ class Engine:
     """See `engines.Engine`."""
 
     NOTE = (
-        "By gguf-moe's own forward pass, in which only weights are quantized. llama.cpp rounds activations to 8 bits "
-        "too, which is most of its KL divergence at 6 and 8 bits; --engine llama.cpp measures with them."
+        "By gguf-moe's own forward pass: only weights are quantized. llama.cpp also rounds activations to 8 bits, "
+        "which is most of its KL divergence at 6 and 8 bits; --engine llama.cpp measures that."
     )
 
     def __init__(self, settings: Settings) -> None:
         self.settings, self.dtype = settings, getattr(torch, settings.dtype)
         try:
-            torch.empty(1, device=settings.device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
+            torch.zeros(1, device=settings.device).item()  # read back, which `meta` cannot
+        except (RuntimeError, AssertionError, ImportError) as error:
+            reason = str(error).splitlines()[0].split(". ")[0]  # torch goes on at length
             raise UsageError(f"--device {settings.device}: torch cannot use it: {reason}") from None
 
     @contextmanager

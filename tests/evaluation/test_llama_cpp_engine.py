@@ -96,7 +96,7 @@ def test_without_xllamacpp_it_says_how_to_get_it(made, monkeypatch: pytest.Monke
 
 
 def test_what_llama_cpp_does_not_run_is_refused(made, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="takes GGUF files only; convert the checkpoint to one first"):
+    with pytest.raises(UsageError, match="takes GGUF files only; make one: gguf-moe convert --bits 16"):
         load([MERGE], 8).__enter__()
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(20))
     with pytest.raises(GgufMoeError, match=r"a\.gguf: llama\.cpp does not load it: .+"):

@@ -195,7 +195,7 @@ def test_files_of_one_level_are_told_apart_by_name(tmp_path: Path) -> None:
     words |= {"size in MB", "mean KL divergence from the base"}
     found = texts(tmp_path / "kl-size.svg")
     assert words <= set(found)
-    assert all(float(text) > 0 for text in set(found) - words if text)  # at the axes
+    assert all(float(text) >= 0 for text in set(found) - words if text)  # at the axes
 
 
 def test_pages_say_what_was_measured_and_how(tmp_path: Path) -> None:
@@ -221,10 +221,16 @@ def test_pages_say_what_was_measured_and_how(tmp_path: Path) -> None:
     for row, file in zip(rows, report["files"]):
         assert row[column] == f"{file['kld_mean']:.6f} ± {file['kld_error']:.6f}"
         p99, low, high = (float(f"{value:.3g}") for value in (file["kld_p99"], *file["intervals"]["kld_p99"]))
-        shown = re.fullmatch(r"(\S+) (\S+) to (\S+)", row[head.index("KL at 99 %")])
+        shown = re.fullmatch(r"(\S+) (\S+) to (\S+)", row[head.index("KL at 99\N{NO-BREAK SPACE}%")])
         assert shown
         assert [float(part) for part in shown.groups()] == [p99, low, high]
     assert len(rows[-1]) == 5
+    assert head.index("same top token") == column + 1, "before the quantiles, which may have to be scrolled to"
+    assert "in nats a token" in found.text
+    assert "their 95 % intervals" in found.text
+    for file in report["files"]:
+        del file["intervals"]
+    assert "95 %" not in page(report, tmp_path)[1].text
 
 
 def test_pages_hold_no_script_and_load_nothing(tmp_path: Path) -> None:
@@ -275,6 +281,19 @@ def test_scales_are_logarithmic_only_over_decades(tmp_path: Path) -> None:
     numbers = {float(text) for text in texts(tmp_path / "kl-size.svg") if re.fullmatch(r"\d+\.\d+", text)}
     assert 0 in numbers
     assert 0.001 not in numbers
+
+
+def test_long_labels_have_room_beside_files_of_one_size(tmp_path: Path) -> None:
+    report = make()
+    report["files"] = report["files"][:2]
+    for number, file in enumerate(report["files"]):
+        file |= {"quant": "Q4_K_M", "name": f"a-long-name-of-a-file-{number}", "size_bytes": 5_838_336 + 224 * number}
+    write_plots(report, tmp_path)
+    svg = (tmp_path / "kl-size.svg").read_text()
+    ends = {text: float(x) for x, text in re.findall(r'text-anchor: end[^>]* x="([\d.]+)"[^>]*>([^<]+)', svg)}
+    axis = max(x for text, x in ends.items() if re.fullmatch(r"[\d.]+", text))
+    assert next(x for text, x in ends.items() if text.endswith("file-0")) - axis > 24 * 5, "24 characters' points"
+    assert "5.8384" in texts(tmp_path / "kl-size.svg"), "no offset to be added in the head"
 
 
 PROBE = """<script>addEventListener("load", () => {

@@ -90,5 +90,5 @@ def test_chunks_are_shared_out_by_memory() -> None:
     assert smaller.sweep in (34, 50), "even shares"
     assert plan_memory(models, 100, 512, 1 << 40, most=7).sweep == 7
     assert plan_memory(models, 100, 512).sweep == 100, "in what is free"
-    with pytest.raises(UsageError, match=r"--memory: 1048576 bytes are allowed, but .* takes \d+, of which"):
+    with pytest.raises(UsageError, match=r"--memory: 1\.05 MB are allowed, but .* takes \S+ MB, of which"):
         plan_memory(models, 100, 512, MIB)

@@ -17,6 +17,7 @@ from checkpoints import DATA, MERGE, bundled
 from gguf_files import sharded
 from test_golden import GOLDEN
 
+from gguf_moe.cli.validate import WIDTH
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.evaluation import torch_engine
 from gguf_moe.evaluation.engines import Settings
@@ -72,8 +73,12 @@ def test_the_table_marks_and_chooses(run, made) -> None:
     files = [made("json", level) for level in ("Q2_K", "Q4_K_M", "Q8_0")]
     arguments = ("validate", MERGE, *files, "--text", TEXT, *SHORT)
     result = run(*arguments, "--max-kld", 0.02)
-    rows = [line.split() for line in result.stdout.splitlines()]
-    assert [row[1] for row in rows if row and row[0] == "*" and row[1].endswith(".gguf")] == [f.name for f in files]
+    head, *rows = result.stdout.splitlines()
+    assert [row.split()[:2] for row in rows[:3]] == [["*", level] for level in ("Q2_K", "Q4_K_M", "Q8_0")]
+    assert rows[3].split()[:3] == ["base", "18.37", "MB"]
+    assert head.split()[0] == "level"
+    assert max(map(len, (head, *rows))) <= WIDTH
+    assert "near to the base, TidePool-4x4M-v1" in rows[4]
     chosen = "the smallest file with a mean KL of at most 0.02: json-Q4_K_M.gguf, 5.84 MB"
     assert result.stdout.splitlines()[-1] == chosen
     none = run(*arguments, "--max-kld", 1e-9, "--check")
@@ -175,12 +180,31 @@ def test_a_report_is_not_lost_with_the_table_nor_the_table_with_a_report(run, ma
     (tmp_path / "plots" / "perplexity.png").mkdir(parents=True)
     result = run(*arguments, "--plots", tmp_path / "plots")
     assert (result.exit_code, "perplexity.png: not written: " in result.stderr) == (1, True)
-    assert "json-Q2_K.gguf" in result.stdout
+    assert "Q2_K" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("step", "said"),
+    [
+        ("make_report", "gguf-moe: interrupted; the same command goes on behind the last finished sweep\n"),
+        ("write_state", "gguf-moe: interrupted before a sweep was finished\n"),
+    ],
+)
+def test_an_interruption_says_what_is_kept(
+    step: str, said: str, run, made, small_sweeps, tmp_path: Path, monkeypatch
+) -> None:
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"gguf_moe.evaluation.validate.{step}", stop)
+    result = run("validate", MERGE, made("json", "Q2_K"), "--text", TEXT, *SHORT, "--resume", tmp_path / "state")
+    assert said in result.stderr
 
 
 def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
     file = made("json", "Q2_K")
-    (tmp_path / "short.txt").write_text("too short")
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
     other = bundled().save(tmp_path / "other")
     vocabulary = json.loads((other / "tokenizer.json").read_text())
     tokens = dict(vocabulary["model"]["vocab"])
@@ -189,21 +213,35 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
     vocabulary["model"]["vocab"] = tokens
     (other / "tokenizer.json").write_text(json.dumps(vocabulary))
     cases = [
-        ((MERGE, file, "--text", tmp_path / "short.txt"), 1, "short.txt: "),
-        ((MERGE, file, "--text", tmp_path / "none.txt"), 1, "none.txt: "),
+        ((MERGE, file, "--text", short), 1, "short.txt: "),
+        ((MERGE, file, "--text", tmp_path / "none.txt"), 1, "UTF-8 text: No such file or directory\n"),
         ((MERGE, tmp_path / "none.gguf", "--text", TEXT), 1, "none.gguf"),
         ((other, file, "--text", TEXT), 1, "tokenizer.ggml.tokens[500] is "),
         ((saved("qwen2"), file, "--text", TEXT), 1, "general.architecture is 'llama', expected 'qwen2' as in the base"),
-        ((MERGE, file, "--text", TEXT, "--memory", "1M"), 2, "--memory: 1000000 bytes are allowed"),
+        ((MERGE, file, "--text", TEXT, "--memory", "1M"), 2, "--memory: 1.00 MB are allowed"),
         ((MERGE, file, "--text", TEXT, "--device", "tpu9"), 2, "--device tpu9: torch cannot use it"),
         ((MERGE, file, "--text", TEXT, "--json", tmp_path / "no" / "r.json"), 1, "cannot be written: No such file"),
         ((MERGE, file, "--text", TEXT, "--html", tmp_path), 1, f"{tmp_path}: is a directory"),
         ((MERGE, file, "--text", TEXT, "--plots", file), 1, f"{file}: is no directory"),
+        ((MERGE, file, "--text", TEXT, "--device", "vulkan"), 2, "from the 'Vulkan' backend\n"),
+        ((MERGE, file, "--text", TEXT, "--device", "hpu"), 2, "--device hpu: torch cannot use it"),
+        ((MERGE, file, "--text", TEXT, "--device", "meta"), 2, "--device meta: torch cannot use it"),
+        ((MERGE, file, "--text", TEXT, "--resume", short), 1, "not a whole state file of a validation; name"),
         ((MERGE, "--text", TEXT), 2, "FILES"),
     ]
+    before = file.read_bytes()
     for arguments, code, message in cases:
         result = run("validate", *arguments)
         assert (result.exit_code, message in result.stderr) == (code, True), (arguments, result.stderr)
+    assert (file.read_bytes(), short.read_text()) == (before, "too short")
+
+
+def test_levels_of_one_name_are_told_apart(run, made, tmp_path: Path) -> None:
+    file, other = made("json", "Q2_K"), tmp_path / "json-Q2_K.gguf"
+    shutil.copy(file, other)
+    result = run("validate", MERGE, file, other, "--text", TEXT, *SHORT)
+    labels = [line.split()[1] for line in result.stdout.splitlines()[1:3]]
+    assert labels == [str(file.with_suffix("")), str(other.with_suffix(""))]
 
 
 def test_nothing_is_replaced_but_reports(run, made, tmp_path: Path) -> None:
@@ -260,11 +298,12 @@ def test_a_text_of_that_hash_is_warned_of_whatever_its_name(run, tmp_path: Path)
     assert "importance" not in run("validate", MERGE, tmp_path / "hashed.gguf", "--text", text, *SHORT).stderr
 
 
-def test_windows_beyond_the_models_context_are_warned_of(run, made) -> None:
-    for context in (512, 513):
-        result = run("validate", MERGE, made("json", "Q2_K"), "--text", TEXT, "--ctx", context, "--chunks", 1)
-        warning = "--ctx 513: TidePool-4x4M-v1 was trained on windows of 512 tokens"
-        assert (warning in result.stderr) == (context == 513), result.stderr
+def test_windows_beyond_what_the_model_is_made_for_are_warned_of(run, made) -> None:
+    arguments = ("validate", MERGE, made("json", "Q2_K"), "--text", TEXT, "--chunks", 1, "--ctx")
+    warned = run(*arguments, 513)
+    assert warned.exit_code == 0
+    assert "warning: TidePool-4x4M-v1: is made for 512 tokens, windows of 513 tell little" in warned.stderr
+    assert "warning" not in run(*arguments, 512).stderr
 
 
 def test_without_torch_the_command_says_how_to_get_it(made) -> None:
@@ -337,3 +376,6 @@ def test_page_and_plots(run, made, tmp_path: Path) -> None:
     assert "<svg" in (tmp_path / "page.html").read_text()
     assert {path.suffix for path in (tmp_path / "plots").iterdir()} == {".png", ".svg"}
     shutil.rmtree(tmp_path / "plots")
+    merge = shutil.copytree(MERGE, tmp_path / "merge")
+    assert run("validate", merge, *files, "--text", TEXT, *SHORT, "--plots", merge).exit_code == 0
+    assert (merge / "kl-size.svg").exists()
