@@ -17,7 +17,8 @@ from gguf_moe.card import check_repo, write_card
 from gguf_moe.checkpoint import read_optional_json
 from gguf_moe.cli.options import as_request, open_model, request_options
 from gguf_moe.cli.progress import progress_bar, warn
-from gguf_moe.cli.validate import evaluate, validation_lines, write_json
+from gguf_moe.cli.reports import write_json
+from gguf_moe.cli.validate import evaluate, validation_lines
 from gguf_moe.cli.verify import verify_files
 from gguf_moe.duplicates import find_duplicates
 from gguf_moe.errors import UsageError

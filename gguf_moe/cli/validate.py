@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gguf_moe import report
-from gguf_moe.cli.options import Size
-from gguf_moe.cli.progress import progress_share, warn
+from gguf_moe.cli.options import text_options
+from gguf_moe.cli.progress import progress_of_text
+from gguf_moe.cli.reports import check_targets, pictures, write_json
 from gguf_moe.errors import GgufMoeError, UsageError
-from gguf_moe.evaluation.engines import DTYPES, MODULES, Settings
-from gguf_moe.evaluation.events import MemoryPlan, Notice, Started
+from gguf_moe.evaluation.engines import MODULES, Settings
 from gguf_moe.evaluation.pareto import smallest
-from gguf_moe.evaluation.validate import STEPS, Event
 from gguf_moe.evaluation.validate import validate as run
-from gguf_moe.gguf_file import write_whole
 
 _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
@@ -28,17 +24,12 @@ _LATER_SHARD = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 @click.argument("base", metavar="MODEL", type=click.Path(path_type=Path))
 @click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--text", required=True, type=click.Path(path_type=Path), help="What to evaluate on: a UTF-8 text.")
-@click.option("--ctx", "context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window.")
-@click.option("--chunks", type=click.IntRange(1), metavar="N", help="The first N windows only.")
+@text_options
 @click.option("--engine", default="torch", show_default=True, type=click.Choice(list(MODULES)), help="Who computes.")
-@click.option("--device", default="cpu", show_default=True, help="Torch's: cpu, cuda, cuda:1, mps.")
-@click.option("--dtype", default=DTYPES[0], show_default=True, type=click.Choice(DTYPES), help="Of the matrices.")
-@click.option("--memory", type=Size(), metavar="N[K|M|G]", help="Bytes at most; by default most of what is free.")
 @click.option("--bootstrap", default=0, type=click.IntRange(0), metavar="N", help="Intervals of KL by N resamples.")
 @click.option("--max-kld", type=click.FloatRange(0), metavar="X", help="Name the smallest file of such a mean KL.")
 @click.option("--max-ppl-ratio", type=click.FloatRange(0), metavar="X", help="... of such a perplexity ratio.")
 @click.option("--check", is_flag=True, help="Exit with 1 when no file holds these bounds.")
-@click.option("--resume", "state", type=click.Path(path_type=Path), metavar="FILE", help="Keep finished sweeps there.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as JSON.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write the report as a page.")
 @click.option("--plots", type=click.Path(path_type=Path), metavar="DIR", help="Write its plots as PNG and SVG.")
@@ -59,17 +50,17 @@ def validate(
     bounded = max_kld is not None or max_ppl_ratio is not None
     if check and not bounded:
         raise UsageError("--check needs a bound, --max-kld or --max-ppl-ratio")
-    for path in (json_path, html, plots):
-        if path and not path.absolute().parent.is_dir():
-            raise GgufMoeError(f"{path}: no such directory")
-        if path and path.exists() and path.is_dir() != (path == plots):
-            raise GgufMoeError(f"{path}: is {'no' if path == plots else 'a'} directory")
-    draw = _plotting(html, plots)
+    check_targets((json_path, html), plots)
+    draw_page = pictures("page").write_page if html else None
+    draw_plots = pictures("plots").write_plots if plots else None
     found = evaluate(base, _firsts(files), text, Settings(**settings))
     click.echo("\n".join(validation_lines(found)))
     if json_path:
         write_json(json_path, found)
-    draw(found)
+    if html:
+        draw_page(found, html)
+    if plots:
+        draw_plots(found, plots)
     if state := settings["state"]:
         state.unlink(missing_ok=True)
     if bounded:
@@ -78,66 +69,13 @@ def validate(
 
 def evaluate(base: Path, files: list[Path], text: Path, settings: Settings) -> dict[str, Any]:
     """Run the validation under a bar, telling beforehand what it takes; the report."""
-    try:
-        with progress_share(STEPS) as show:
-
-            def tell(event: Event) -> None:
-                if isinstance(event, Notice):
-                    warn([event.text])
-                elif isinstance(event, Started):
-                    click.echo(_started_line(event, len(files)), err=True)
-                else:
-                    show(event.done, event.total)
-
-            return run(base, files, text, settings, tell)
-    except (KeyboardInterrupt, SystemExit):
-        if settings.state:
-            click.echo("gguf-moe: interrupted; the same command goes on behind the last finished sweep", err=True)
-        raise
-
-
-def write_json(path: Path, found: dict[str, Any]) -> None:
-    """The report as a file."""
-    write_whole(path, f"{json.dumps(found, indent=1, allow_nan=False)}\n".encode())
-
-
-def _plotting(html: Path | None, plots: Path | None) -> Callable[[dict[str, Any]], None]:
-    """What writes page and plots; UsageError where what it needs is not installed."""
-    if not (html or plots):
-        return lambda found: None
-    try:
-        from gguf_moe.evaluation.page import write_page
-        from gguf_moe.evaluation.plots import write_plots
-    except ModuleNotFoundError as error:
-        raise UsageError(f"--html and --plots need {error.name}: pip install 'gguf-moe[eval]'") from None
-
-    def draw(found: dict[str, Any]) -> None:
-        if html:
-            write_page(found, html)
-        if plots:
-            write_plots(found, plots)
-
-    return draw
+    with progress_of_text(f"{len(files)} file{'s' if len(files) > 1 else ''} and the base", settings.state) as tell:
+        return run(base, files, text, settings, tell)
 
 
 def _firsts(files: tuple[Path, ...]) -> list[Path]:
     """Files, and of shards the first, each once."""
     return list(dict.fromkeys(file for file in files if not _LATER_SHARD.search(file.name)))
-
-
-def _started_line(event: Started, files: int) -> str:
-    text = f"{files} file{'s' if files > 1 else ''} and the base on {event.chunks} windows of {event.context} tokens"
-    text += f", {event.done} of them done already" if event.done else ""
-    return f"{text}, {event.sweep} a sweep" + (_memory_text(event.memory) if event.memory else "")
-
-
-def _memory_text(plan: MemoryPlan) -> str:
-    size = report.size_text
-    states = plan.sweep * plan.per_chunk
-    return (
-        f"; at most {size(plan.total)} of memory: {size(plan.held)} held already, {size(states)} hidden states, "
-        f"{size(max(plan.matrices + plan.between, plan.logits))} weights and logits"
-    )
 
 
 def validation_lines(found: dict[str, Any]) -> list[str]:

@@ -17,6 +17,7 @@ from gguf_moe.evaluation.source import ModelSource
 from gguf_moe.evaluation.text import TextTokenizer
 
 MODULES = {"torch": "torch_engine", "llama.cpp": "llama_cpp"}
+WEIGHINGS = ROUTER, EVEN = "router", "even"  # what a token counts for an expert where each is shown all
 DTYPES = ("float32", "bfloat16", "float16")
 
 Sweep = Callable[[np.ndarray, Callable[[Progress], None]], Iterator[Routed | Scored]]
@@ -24,10 +25,11 @@ Sweep = Callable[[np.ndarray, Callable[[Progress], None]], Iterator[Routed | Sco
 
 @dataclass(frozen=True)
 class Settings:
-    """How a validation is made. device, dtype and memory are for torch."""
+    """How a text is run. device, dtype and memory are for torch."""
 
     context: int = 512  # tokens of a window
     chunks: int | None = None  # windows at most
+    skip: int = 0  # windows at the text's beginning that are left out
     engine: str = "torch"
     device: str = "cpu"
     dtype: str = "float32"

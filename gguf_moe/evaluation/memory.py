@@ -39,23 +39,31 @@ def free_memory(device: torch.device) -> int:
 
 
 def plan_memory(
-    models: Sequence[Model], chunks: int, context: int, memory: int | None = None, most: int | None = None
+    models: Sequence[Model],
+    chunks: int,
+    context: int,
+    memory: int | None = None,
+    most: int | None = None,
+    *,
+    scored: bool = True,
+    kept: int = 0,
 ) -> MemoryPlan:
     """Share `chunks` of `context` tokens out to as few sweeps of all models as `memory` bytes allow, by default most of
-    what is free. The models are alike. most: chunks of a sweep.
+    what is free. The models are alike. most: chunks of a sweep; scored: whether logits are computed at its end; kept:
+    bytes of results that grow in main memory.
 
     Raises UsageError when the bytes do not allow one chunk at a time.
     """
     memory = free_memory(models[0].weights.device) if memory is None else memory
     facts, weights = models[0].hyper.facts, models[0].weights
-    held = psutil.Process().memory_info().rss if weights.device.type == "cpu" else 0
+    held = kept + psutil.Process().memory_info().rss if weights.device.type == "cpu" else 0
     itemsize = weights.dtype.itemsize
     matrices = _most_weights(models[0]) * itemsize
     between = _between(facts, context) + LIBRARIES
     per_chunk = context * ((len(models) + 1) * facts.hidden * itemsize + 25 * facts.experts_used + 32)
-    one_logits = (context - context // 2) * facts.vocabulary * FLOAT
+    one_logits = LOGIT_COPIES * (context - context // 2) * facts.vocabulary * FLOAT
     fixed = SCORING + panel_rows(models[0].hyper) * facts.hidden * itemsize + LIBRARIES
-    least = held + max(matrices + between, fixed + LOGIT_COPIES * one_logits)
+    least = held + max(matrices + between, scored * (fixed + one_logits))
     at_once = (memory - least) // per_chunk
     if at_once < 1:
         raise UsageError(
@@ -63,8 +71,8 @@ def plan_memory(
             f"of which the program itself has {held}"
         )
     sweep = min(math.ceil(chunks / math.ceil(chunks / at_once)), most or chunks)
-    group = min(MAX_GROUP, sweep, (memory - held - sweep * per_chunk - fixed) // (LOGIT_COPIES * one_logits))
-    logits = fixed + group * LOGIT_COPIES * one_logits
+    group = min(MAX_GROUP, sweep, (memory - held - sweep * per_chunk - fixed) // one_logits)
+    logits = scored * (fixed + group * one_logits)
     return MemoryPlan(held, matrices, between, per_chunk, logits, group, sweep)
 
 

@@ -26,7 +26,7 @@ def read_windows(base: ModelSource, text: Path, settings: Settings) -> tuple[Eng
     `read_text` does."""
     engine = open_engine(settings)
     with engine.tokenizer(base) as tokenizer:
-        return engine, read_text(text, tokenizer, context=settings.context, chunks=settings.chunks)
+        return engine, read_text(text, tokenizer, context=settings.context, chunks=settings.chunks, skip=settings.skip)
 
 
 def validate(

@@ -115,7 +115,7 @@ def test_a_stopped_run_goes_on_behind_its_finished_sweeps(sweeps: int, made, tmp
     assert validate(MERGE, files, TEXT, replace(settings, context=32), seen.append)["ctx"] == 32
     assert "begun anew, the earlier run had another ctx" in next(e.text for e in seen if isinstance(e, Notice))
     state.write_bytes(b"PK\x03\x04 no")
-    with pytest.raises(GgufMoeError, match="not a whole state file of a validation"):
+    with pytest.raises(GgufMoeError, match="not a whole state file"):
         validate(MERGE, files, TEXT, settings)
 
 
