@@ -87,7 +87,7 @@ def imatrix(
     check_targets([json_path], plots)
     if output:
         check_targets([output], None)
-        check_output(output, [path for path in inputs if path.is_file()], force=force)
+        check_output(output, [path for path in (*inputs, text, base_imatrix) if path and path.is_file()], force=force)
     base = read_imatrix(base_imatrix) if base_imatrix else None
     draw = pictures("plots").write_coverage if plots else None
     if text:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from gguf_moe.errors import GgufMoeError
-from gguf_moe.evaluation.engines import ROUTER, Settings
+from gguf_moe.evaluation.engines import EVEN, ROUTER, Settings
 from gguf_moe.evaluation.events import Notice, Progress, Started
 from gguf_moe.evaluation.forward import Model
 from gguf_moe.evaluation.layer import PIECE_TOKENS, Rows
@@ -26,6 +26,10 @@ from gguf_moe.evaluation.validate import STEPS, Event, read_windows
 from gguf_moe.imatrix import Entry, Imatrix
 
 BATCH, MICRO_BATCH = 2048, 512  # llama.cpp's defaults: tokens that it takes at once, and computes at once
+_NOTES = {
+    ROUTER: "every expert saw every token, weighted by the router's probability",
+    EVEN: "every expert saw every token",
+}
 MIN_ROWS = 16  # it does not look at products of fewer tokens, but for experts
 
 
@@ -200,7 +204,8 @@ def calibrate(
     if settings.state and (different := read_state(settings.state, collector)):
         on_event(Notice(f"{settings.state}: begun anew, the earlier run had another {different}"))
     _run(model, read.windows, collector, settings, process_output, most, on_event)
-    return Imatrix(text, collector.entries(), (str(text),), len(read.windows), settings.context, texts=(read.sha256,))
+    notes = (_NOTES[weighing],) if weighing else ()
+    return Imatrix(text, collector.entries(), (str(text),), len(read.windows), settings.context, (read.sha256,), notes)
 
 
 def _run(

@@ -1,6 +1,7 @@
-"""A child of test_memory.py: a model several times the allowed memory, in files without blocks, through a sweep.
+"""A child of test_memory.py: a model several times the allowed memory, in files without blocks, run by the engine.
 
-usage: big_model.py DIRECTORY     (prints a JSON object: bytes of memory allowed, planned, used at most, of the model)
+usage: big_model.py DIRECTORY evaluate|calibrate
+It prints a JSON object: bytes of memory allowed, planned, used at most, of the model; chunks of a sweep.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import sys
 from pathlib import Path
 
 import psutil
-from checkpoints import MERGE
+from checkpoints import DATA, MERGE
 from running import model, windows
 
+from gguf_moe.evaluation.calibrate import calibrate
+from gguf_moe.evaluation.engines import Settings
+from gguf_moe.evaluation.events import MemoryPlan, Started
 from gguf_moe.evaluation.memory import plan_memory
 from gguf_moe.evaluation.sweep import sweep
 
@@ -61,20 +65,31 @@ def write(directory: Path, at_least: int) -> None:
         file.truncate(8 + len(encoded) + end)
 
 
+def evaluated(directory: Path, memory: int) -> MemoryPlan:
+    models = [model(directory)] * 2
+    plan = plan_memory(models, CHUNKS, CONTEXT, memory)
+    for start in range(0, CHUNKS, plan.sweep):
+        for _ in sweep(models, windows(min(plan.sweep, CHUNKS - start), CONTEXT), plan.group):
+            pass
+    return plan
+
+
+def calibrated(directory: Path, memory: int) -> MemoryPlan:
+    told: list[object] = []
+    settings = Settings(context=CONTEXT, chunks=4 * CHUNKS, memory=memory)
+    calibrate(directory, DATA / "text" / "calib.txt", settings, on_event=told.append)
+    return next(event.memory for event in told if isinstance(event, Started))
+
+
 def main() -> None:
     memory = psutil.Process().memory_info().rss + BEYOND_TORCH
     directory = Path(sys.argv[1])
     write(directory, 4 * memory)
-    models = [model(directory)] * 2
-    plan = plan_memory(models, CHUNKS, CONTEXT, memory)
-    sweeps = range(0, CHUNKS, plan.sweep)
-    for start in sweeps:
-        for _ in sweep(models, windows(min(plan.sweep, CHUNKS - start), CONTEXT), plan.group):
-            pass
+    plan = {"evaluate": evaluated, "calibrate": calibrated}[sys.argv[2]](directory, memory)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     used = int(status["VmHWM"].split()[0]) << 10
-    size = models[0].weights.source.size_bytes
-    print(json.dumps({"memory": memory, "planned": plan.total, "used": used, "size": size, "sweeps": len(sweeps)}))
+    size = (directory / "model.safetensors").stat().st_size
+    print(json.dumps({"memory": memory, "planned": plan.total, "used": used, "size": size, "sweep": plan.sweep}))
 
 
 if __name__ == "__main__":
