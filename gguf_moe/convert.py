@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -85,13 +85,18 @@ def check_target(plan: Plan, path: Path, *, force: bool) -> None:
         raise GgufMoeError(f"{path}: needs {plan.size} bytes, but only {free} are free on that disk")
 
 
-def check_file(plan: Plan, path: Path, *, force: bool) -> None:
-    """Refuse a path that is not ours to write to."""
-    if path.exists() and any(path.samefile(source) for source in plan.inputs):
+def check_output(path: Path, inputs: Iterable[Path], *, force: bool) -> None:
+    """Refuse a path that holds something else, or anything without `force`."""
+    if path.exists() and any(path.samefile(source) for source in inputs):
         raise GgufMoeError(f"{path}: is the input itself; name another file with --output")
     if path.exists() and not path.is_file():
         raise GgufMoeError(f"{path}: is no regular file, expected a file name")
     if os.path.lexists(path) and not force:  # a link to nowhere too
         raise GgufMoeError(f"{path}: exists; use --force to replace it")
+
+
+def check_file(plan: Plan, path: Path, *, force: bool) -> None:
+    """Refuse a path that is not ours to write to."""
+    check_output(path, plan.inputs, force=force)
     if path.exists() and path.suffix != ".gguf" and path.resolve().parent == plan.directory.resolve():
         raise GgufMoeError(f"{path}: is a file of the checkpoint itself")

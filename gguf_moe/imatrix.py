@@ -9,22 +9,24 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import gguf
 import numpy as np
 
 from gguf_moe.checkpoint import map_file
 from gguf_moe.errors import GgufMoeError
-from gguf_moe.gguf_reader import GgufFile, read_gguf
+from gguf_moe.gguf_reader import GgufFile, StoredArray, read_gguf
 from gguf_moe.mapping import MappedTensor
 
 DATASETS, CHUNKS, CHUNK_SIZE = "imatrix.datasets", "imatrix.chunk_count", "imatrix.chunk_size"
-TEXT_HASH = "gguf_moe.imatrix.text_sha256"  # of the calibration text; in the imatrix and in what is made with it
+TEXT_HASH = "gguf_moe.imatrix.text_sha256"  # of each calibration text; in the imatrix and in what is made with it
+NOTES = "gguf_moe.imatrix.notes"  # in the imatrix
 DATASET = "quantize.imatrix.dataset"  # llama.cpp's key in a model: the text's name
 KIND = "imatrix"  # general.type
 MAX_TEXT_BYTES = 127  # of a key's text, as llama.cpp's buffers have it
 MAX_NAME_BYTES = 1 << 10
+_KINDS = {int: "a number", StoredArray: "an array"}
 _PARTS = (".in_sum2", ".counts", ".in_sum")
 
 
@@ -57,7 +59,8 @@ class Imatrix:
     datasets: tuple[str, ...] = ()
     chunks: int = 0
     chunk_size: int | None = None  # a legacy file does not say
-    text_sha256: str | None = None
+    texts: tuple[str, ...] = ()  # SHA-256 of the files
+    notes: tuple[str, ...] = ()  # in what the data are not llama.cpp's statistic
 
     def keys(self) -> dict[str, gguf.GGUFValue]:
         """What llama.cpp's quantizer writes of it into a model; and the text's hash, where the file has it."""
@@ -68,8 +71,8 @@ class Imatrix:
         keys["quantize.imatrix.entries_count"] = gguf.GGUFValue(len(self.entries), number)
         if self.chunks > 0:
             keys["quantize.imatrix.chunks_count"] = gguf.GGUFValue(self.chunks, number)
-        if self.text_sha256:
-            keys[TEXT_HASH] = gguf.GGUFValue(self.text_sha256, text)
+        if self.texts:
+            keys[TEXT_HASH] = gguf.GGUFValue(list(self.texts), gguf.GGUFValueType.ARRAY, text)
         return keys
 
     def weigh(self, tensor: MappedTensor) -> MappedTensor:
@@ -132,15 +135,19 @@ def _from_gguf(file: GgufFile) -> Imatrix:
             shape = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
             arrays[tensor.name] = map_file(file.path, np.dtype("<f4"), file.data_start + tensor.offset, shape)
     names = sorted({t.name.removesuffix(part) for t in file.tensors for part in _PARTS if t.name.endswith(part)})
-    datasets, chunks, size = (file.keys[key] for key in (DATASETS, CHUNKS, CHUNK_SIZE))
-    return Imatrix(
-        file.path,
-        {name: _entry(file.path, name, arrays) for name in names},
-        tuple(str(dataset) for dataset in datasets),
-        int(chunks),
-        int(size),
-        file.keys.get(TEXT_HASH),
+    chunks, size = (_typed(file, key, int) for key in (CHUNKS, CHUNK_SIZE))
+    datasets, texts, notes = (
+        tuple(map(str, _typed(file, key, StoredArray, ()))) for key in (DATASETS, TEXT_HASH, NOTES)
     )
+    entries = {name: _entry(file.path, name, arrays) for name in names}
+    return Imatrix(file.path, entries, datasets, chunks, size, texts, notes)
+
+
+def _typed(file: GgufFile, key: str, kind: type, default: Any = None) -> Any:
+    value = file.keys.get(key, default)
+    if not isinstance(value, kind) and value is not default:
+        raise GgufMoeError(f"{file.path}: {key} is {value!r:.80}, expected {_KINDS[kind]}")
+    return value
 
 
 def _entry(path: Path, name: str, arrays: dict[str, np.ndarray]) -> Entry:

@@ -15,7 +15,7 @@ import numpy as np
 from gguf_moe.errors import GgufMoeError
 from gguf_moe.gguf_file import encode_header, padded, write_whole
 from gguf_moe.gguf_reader import TensorInfo
-from gguf_moe.imatrix import CHUNK_SIZE, CHUNKS, DATASETS, KIND, TEXT_HASH, Entry, Imatrix
+from gguf_moe.imatrix import CHUNK_SIZE, CHUNKS, DATASETS, KIND, NOTES, TEXT_HASH, Entry, Imatrix
 
 DEFAULT_CHUNK = 512  # tokens, where a legacy file does not say
 SCHEMA = "imatrix.stats_schema"
@@ -45,8 +45,9 @@ def write_gguf(path: Path, imatrix: Imatrix) -> None:
         CHUNK_SIZE: gguf.GGUFValue(imatrix.chunk_size or DEFAULT_CHUNK, _Type.UINT32),
         SCHEMA: gguf.GGUFValue(list(STATS), _Type.ARRAY, _Type.STRING),
     }
-    if imatrix.text_sha256:
-        keys[TEXT_HASH] = gguf.GGUFValue(imatrix.text_sha256, _Type.STRING)
+    for key, texts in ((TEXT_HASH, imatrix.texts), (NOTES, imatrix.notes)):
+        if texts:
+            keys[key] = gguf.GGUFValue(list(texts), _Type.ARRAY, _Type.STRING)
     infos, chunks, offset = [], [], 0
     for name in sorted(imatrix.entries, key=str.encode):
         for part, array in _parts(imatrix, name).items():
@@ -99,14 +100,16 @@ def merge(matrices: Sequence[Imatrix]) -> Imatrix:
             if matrix.chunk_size is None:  # legacy: mean squares times calls
                 entry = Entry(entry.squares * np.float32(size), entry.counts * size)
             entries[name] = _sum(matrix.path, name, entries[name], entry) if name in entries else entry
-    hashes = {matrix.text_sha256 for matrix in matrices}
     merged = replace(matrices[0], entries=dict(sorted(entries.items())), chunk_size=size)
-    datasets = tuple(dataset for matrix in matrices for dataset in matrix.datasets)
+    datasets, texts, notes = (
+        [item for matrix in matrices for item in getattr(matrix, name)] for name in ("datasets", "texts", "notes")
+    )
     return replace(
         merged,
-        datasets=datasets,
+        datasets=tuple(datasets),
         chunks=chunk_count(merged),
-        text_sha256=hashes.pop() if len(hashes) == 1 else None,  # a sum of texts has no hash of a text
+        texts=tuple(dict.fromkeys(texts)),
+        notes=tuple(dict.fromkeys(notes)),
     )
 
 

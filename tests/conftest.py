@@ -18,7 +18,16 @@ from click.testing import CliRunner, Result
 
 from gguf_moe.cli import cli
 
-NEED_TORCH = ("forward", "levels", "memory", "source", "sweep", "validate")  # of the extra gguf-moe[eval]
+NEED_TORCH = (
+    "calibrate",
+    "forward",
+    "imatrix_command",
+    "levels",
+    "memory",
+    "source",
+    "sweep",
+    "validate",
+)  # of the extra gguf-moe[eval]
 collect_ignore = [] if find_spec("torch") else [f"evaluation/test_{name}.py" for name in NEED_TORCH]
 
 RunCli = Callable[..., Result]

@@ -10,8 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
-    "cli": "card checkpoint cli convert duplicates errors estimate evaluation export filling gguf_file gguf_reader "
-    "gguf_source manifest origin plan recipe recipe_file report request resharding rules sharding verify",
+    "cli": "card checkpoint cli convert coverage duplicates errors estimate evaluation export filling gguf_file "
+    "gguf_reader gguf_source imatrix imatrix_file manifest origin plan recipe recipe_file report request "
+    "resharding rules sharding verify",
     "__main__": "cli",
     "__init__": "",
     "card": "card_body donors errors gguf_file manifest metadata naming plan",
@@ -37,6 +38,7 @@ ALLOWED = {
     "metadata naming overrides plan_checks recipe request rules tokenizer",
     "plan_checks": "errors gguf_reader imatrix layout mapping recipe request",
     "imatrix": "checkpoint errors gguf_reader mapping",
+    "coverage": "errors imatrix",
     "imatrix_file": "errors gguf_file gguf_reader imatrix",
     "layout": "gguf_file gguf_reader mapping recipe sharding",
     "sharding": "errors gguf_file",

@@ -39,7 +39,7 @@ def write(path: Path, tensors: dict[str, np.ndarray], **keys: object) -> Path:
         if values[key] is not None:
             writer.add_uint32(f"imatrix.{key}", values[key])
     if "text" in keys:
-        writer.add_string("gguf_moe.imatrix.text_sha256", keys["text"])
+        writer.add_array("gguf_moe.imatrix.text_sha256", [keys["text"]])
     for name, array in tensors.items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -136,7 +136,7 @@ def test_the_texts_hash_goes_into_the_model(run, tmp_path: Path) -> None:
     digest = hashlib.sha256(b"text").hexdigest()
     path = write(tmp_path / "hashed.gguf", arrays(), text=digest)
     run("convert", MERGE, "--quant", "Q2_K", "--imatrix", path, "-o", tmp_path / "out.gguf")
-    assert manifest(tmp_path / "out.gguf")["kv"]["gguf_moe.imatrix.text_sha256"]["value"] == digest
+    assert manifest(tmp_path / "out.gguf")["kv"]["gguf_moe.imatrix.text_sha256"]["value"] == [digest]
 
 
 def test_an_entry_that_is_missing(run, tmp_path: Path) -> None:

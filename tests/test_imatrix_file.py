@@ -38,7 +38,7 @@ def test_the_legacy_form_is_llama_cpps(tmp_path: Path) -> None:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    imatrix = replace(read_imatrix(GGUF), text_sha256="ab" * 32)
+    imatrix = replace(read_imatrix(GGUF), texts=("ab" * 32, "cd" * 32), notes=("a note",))
     write_gguf(tmp_path / "out.gguf", imatrix)
     again = read_imatrix(tmp_path / "out.gguf")
     assert replace(again, path=imatrix.path, entries={}) == replace(imatrix, entries={})
@@ -77,10 +77,10 @@ def test_an_entry_that_only_one_has_stays() -> None:
     assert list(merge([part, imatrix]).entries) == sorted(imatrix.entries)
 
 
-def test_the_texts_hash_survives_only_one_text() -> None:
-    first, second = (replace(read_imatrix(GGUF), text_sha256=digit * 64) for digit in "ab")
-    assert merge([first, first]).text_sha256 == "a" * 64
-    assert merge([first, second]).text_sha256 is None
+def test_the_texts_hashes_are_kept() -> None:
+    first, second = (replace(read_imatrix(GGUF), texts=(digit * 64,)) for digit in "ab")
+    assert merge([first, first]).texts == ("a" * 64,)
+    assert merge([first, second]).texts == ("a" * 64, "b" * 64)
 
 
 def test_matrices_of_two_models_are_not_added() -> None:

@@ -13,6 +13,7 @@ import quant
 from gguf_moe import __version__, report
 from gguf_moe.cli.convert import convert
 from gguf_moe.cli.export import export
+from gguf_moe.cli.imatrix import imatrix
 from gguf_moe.cli.inspect import inspect
 from gguf_moe.cli.reshard import merge, split
 from gguf_moe.cli.validate import validate
@@ -40,7 +41,7 @@ def cli() -> None:
     """Convert merged mixtures of experts to GGUF files, with the bytes that llama.cpp would have written."""
 
 
-for command in (convert, export, inspect, merge, split, validate, verify):
+for command in (convert, export, imatrix, inspect, merge, split, validate, verify):
     cli.add_command(command)
 
 

@@ -17,10 +17,11 @@ from gguf_moe.card import check_repo, write_card
 from gguf_moe.checkpoint import read_optional_json
 from gguf_moe.cli.options import as_request, open_model, request_options
 from gguf_moe.cli.progress import progress_bar, warn
-from gguf_moe.cli.validate import check_ours, evaluate, validation_lines, write_json
+from gguf_moe.cli.reports import check_ours, write_json
+from gguf_moe.cli.validate import evaluate, validation_lines
 from gguf_moe.cli.verify import verify_files
 from gguf_moe.duplicates import find_duplicates
-from gguf_moe.errors import UsageError
+from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.estimate import seconds_of_encoding
 from gguf_moe.evaluation.engines import Settings
 from gguf_moe.evaluation.guards import check_alike
@@ -151,7 +152,11 @@ def _hashes(manifest: Manifest) -> dict[str, str]:
 
 def _last_report(output: Path, manifest: Manifest) -> dict[str, Any] | None:
     """The last validation's report, without the files that are others now."""
-    found = read_optional_json(output / REPORT)
+    try:
+        found = read_optional_json(output / REPORT)
+    except GgufMoeError as error:
+        warn([f"{error}; the card shows no figures"])
+        return None
     files, hashes = found.get("files"), _hashes(manifest)
     if isinstance(files, list):
         named = [file for file in files if isinstance(file, dict)]

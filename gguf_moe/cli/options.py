@@ -12,6 +12,7 @@ import click
 
 from gguf_moe.checkpoint import Checkpoint, open_checkpoint
 from gguf_moe.errors import UsageError
+from gguf_moe.evaluation.engines import DTYPES, KEPT_WINDOWS
 from gguf_moe.gguf_source import GgufModel, open_gguf
 from gguf_moe.recipe_file import RecipeFile
 from gguf_moe.request import Request
@@ -57,6 +58,36 @@ def request_options(command: Callable) -> Callable:
         ),
     )
     command = splitting_options(command)
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def text_options(command: Callable) -> Callable:
+    """The options that become `Settings`, for every command that runs a text through models."""
+    options = (
+        click.option(
+            "--ctx", "context", default=512, show_default=True, type=click.IntRange(8), help="Tokens of a window."
+        ),
+        click.option("--chunks", type=click.IntRange(1), metavar="N", help="The first N windows only."),
+        click.option("--device", default="cpu", show_default=True, help="Torch's: cpu, cuda, cuda:1, mps."),
+        click.option(
+            "--dtype", default=DTYPES[0], show_default=True, type=click.Choice(DTYPES), help="Of the matrices."
+        ),
+        click.option(
+            "--memory", type=Size(), metavar="N[K|M|G]", help="Bytes at most; by default most of what is free."
+        ),
+        click.option(
+            "--resume", "state", type=click.Path(path_type=Path), metavar="FILE", help="Keep finished sweeps there."
+        ),
+        click.option(
+            "--save-every",
+            "most",
+            type=click.IntRange(1),
+            metavar="N",
+            help=f"Windows of a sweep at most; with --resume {KEPT_WINDOWS} by default.",
+        ),
+    )
     for option in reversed(options):
         command = option(command)
     return command

@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 from tqdm import tqdm
 
 from gguf_moe import report
+from gguf_moe.evaluation.events import MemoryPlan, Notice, Started
+from gguf_moe.evaluation.validate import STEPS, Event
 from gguf_moe.filling import Progress
 
 PLAIN_STEPS = 10  # progress lines where there is no terminal
@@ -40,19 +43,46 @@ def progress_bar(*, leave: bool = True) -> Iterator[Callable[[Progress], None]]:
 
 
 @contextmanager
-def progress_share(unit: int) -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal for what is done of a total, both in parts of which `unit` are one window. Elsewhere nothing.
-    It comes with the first step, behind what is said before, and goes when all is done."""
+def progress_of_text(what: str, state: Path | None) -> Iterator[Callable[[Event], None]]:
+    """What a run of a text through models tells: warnings, what it takes, and on a terminal a bar. The bar comes with
+    the first step, behind what is said before, and goes when all is done. what: the models; state: where an interrupted
+    run has left what it did."""
     layout = "{l_bar}{bar}| {n:.1f} of {total:.0f} windows [{elapsed}<{remaining}]"
-    options = {"bar_format": layout, "unit_scale": 1 / unit, "dynamic_ncols": True, "leave": False}
-    with tqdm(**options, delay=1e-9, disable=not sys.stderr.isatty()) as bar:
+    options = {"bar_format": layout, "unit_scale": 1 / STEPS, "dynamic_ncols": True, "leave": False}
+    try:
+        with tqdm(**options, delay=1e-9, disable=not sys.stderr.isatty()) as bar:
 
-        def advance(done: int, total: int) -> None:
-            if bar.total is None:
-                bar.total, bar.initial, bar.n = total, done, done
-            bar.update(done - bar.n)
+            def tell(event: Event) -> None:
+                if isinstance(event, Notice):
+                    warn([event.text])
+                elif isinstance(event, Started):
+                    click.echo(_started_line(event, what), err=True)
+                    bar.total = STEPS * event.chunks
+                    bar.initial = bar.n = STEPS * event.done  # what an earlier run did is not this one's rate
+                else:
+                    bar.update(event.done - bar.n)
 
-        yield advance
+            yield tell
+    except (KeyboardInterrupt, SystemExit):
+        if state:
+            behind = "; the same command goes on behind the last finished sweep"
+            click.echo(f"gguf-moe: interrupted{behind if state.exists() else ' before a sweep was finished'}", err=True)
+        raise
+
+
+def _started_line(event: Started, what: str) -> str:
+    text = f"{what} on {event.chunks} windows of {event.context} tokens"
+    text += f", {event.done} of them done already" if event.done else ""
+    return f"{text}, {event.sweep} a sweep" + (_memory_text(event.memory) if event.memory else "")
+
+
+def _memory_text(plan: MemoryPlan) -> str:
+    size = report.size_text
+    states = plan.sweep * plan.per_chunk
+    return (
+        f"; at most {size(plan.total)} of memory: {size(plan.held)} held already, {size(states)} hidden states, "
+        f"{size(max(plan.matrices + plan.between, plan.logits))} weights and logits"
+    )
 
 
 @contextmanager

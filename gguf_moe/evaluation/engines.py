@@ -17,6 +17,8 @@ from gguf_moe.evaluation.source import ModelSource
 from gguf_moe.evaluation.text import TextTokenizer
 
 MODULES = {"torch": "torch_engine", "llama.cpp": "llama_cpp"}
+WEIGHINGS = ROUTER, EVEN = "router", "even"  # what a token counts for an expert where each is shown all
+KEPT_WINDOWS = 32
 DTYPES = ("float32", "bfloat16", "float16")
 
 Sweep = Callable[[np.ndarray, Callable[[Progress], None]], Iterator[Routed | Scored]]
@@ -24,16 +26,23 @@ Sweep = Callable[[np.ndarray, Callable[[Progress], None]], Iterator[Routed | Sco
 
 @dataclass(frozen=True)
 class Settings:
-    """How a validation is made. device, dtype and memory are for torch."""
+    """How a text is run. device, dtype and memory are for torch."""
 
     context: int = 512  # tokens of a window
     chunks: int | None = None  # windows at most
+    skip: int = 0  # windows at the text's beginning that are left out
     engine: str = "torch"
     device: str = "cpu"
     dtype: str = "float32"
     memory: int | None = None  # bytes at most; None: most of what is free
     bootstrap: int = 0  # resamples for the intervals of the KL divergence's quantiles
     state: Path | None = None  # where finished sweeps are kept until all are
+    most: int | None = None  # windows of a sweep
+
+    @property
+    def sweep(self) -> int | None:
+        """Windows of a sweep at most: few enough, where they are kept, that a stop does not cost much."""
+        return self.most or (KEPT_WINDOWS if self.state else None)
 
 
 @dataclass(frozen=True)

@@ -55,12 +55,14 @@ class Model:
         context, used experts] of a layer that has experts."""
         return Layer(self.hyper, self.weights, layer, observe).run(hidden, rotation)
 
-    def logits(self, hidden: torch.Tensor, observe: Observer | None = None) -> torch.Tensor:
-        """Logits, float32 [positions, vocabulary], of the last layer's hidden states [positions, hidden]."""
+    def last_input(self, hidden: torch.Tensor) -> tuple[str, torch.Tensor]:
+        """The matrix that gives the logits, and its input, of the last layer's hidden states [positions, hidden]."""
         name = "output.weight" if "output.weight" in self.weights else "token_embd.weight"
-        x = normalized(hidden, self.weights.vector("output_norm.weight"), self.hyper.facts.norm_epsilon)
-        if observe:
-            observe(name, x, None)
+        return name, normalized(hidden, self.weights.vector("output_norm.weight"), self.hyper.facts.norm_epsilon)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits, float32 [positions, vocabulary], of the last layer's hidden states [positions, hidden]."""
+        name, x = self.last_input(hidden)
         vocabulary = self.hyper.facts.vocabulary
         logits = torch.empty(len(x), vocabulary, device=x.device)
         height = panel_rows(self.hyper)

@@ -6,8 +6,9 @@ is the attention's matrices, or those of one expert, and what a piece of tokens 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - as everyone calls it
@@ -20,8 +21,19 @@ PIECE_TOKENS = 1024  # pass a matrix at once: enough to keep a processor busy, f
 MIN_WEIGHT_SUM = 2.0**-14  # llama.cpp's, where it scales the used experts' weights to a sum of 1
 PROJECTIONS = ("attn_q", "attn_k", "attn_v", "attn_output")
 
-# Sees the input of every matrix product: the matrix's name, x [rows, columns], the number of the expert in a stack.
-Observer = Callable[[str, torch.Tensor, "int | None"], None]
+Rows = slice | torch.Tensor  # which of a sweep's tokens, counted over all of its chunks
+
+
+class Observer(Protocol):
+    """Who sees the inputs of matrix products."""
+
+    every_expert: bool  # shown to each expert are all tokens, not only those that it is sent
+
+    def route(self, probabilities: torch.Tensor, rows: Rows) -> None:
+        """Take a router's probabilities of tokens, float32 [rows, experts], before the layer's experts run."""
+
+    def see(self, names: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None) -> None:
+        """Take the input x [rows, columns] of matrices, or of one expert's in stacks."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +73,20 @@ class _Matrices:
 
     def product(self, kind: str, x: torch.Tensor) -> torch.Tensor:
         """x [..., columns] times the matrix of that kind: [..., rows]."""
-        if self.layer.observe:
-            self.layer.observe(self.layer.name(kind), x.flatten(0, -2), self.expert)
         return F.linear(x, self.matrices[kind], self.biases.get(kind))
 
-    def mlp(self, suffix: str, x: torch.Tensor) -> torch.Tensor:
-        """The gated network of these matrices."""
+    def inner(self, suffix: str, x: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+        """What comes to the last matrix of these gated networks. rows: None where nobody is to see it."""
         gate, up, down = mlp_kinds(suffix)
-        return self.product(down, F.silu(self.product(gate, x), inplace=True).mul_(self.product(up, x)))
+        inner = F.silu(self.product(gate, x), inplace=True).mul_(self.product(up, x))
+        if rows is not None:
+            self.layer.show((gate, up), x, rows, self.expert)
+            self.layer.show((down,), inner, rows, self.expert)
+        return inner
+
+    def mlp(self, suffix: str, x: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+        """The output of the gated network of these matrices."""
+        return self.product(mlp_kinds(suffix)[2], self.inner(suffix, x, rows))
 
 
 @dataclass(frozen=True)
@@ -99,6 +117,11 @@ class Layer:
         shape = (*hidden.shape[:2], -1)
         return Routing(routing.experts.view(shape), routing.weights.view(shape))
 
+    def show(self, kinds: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None = None) -> None:
+        """Let the observer, if there is one, see the input x [..., columns] of matrices of these kinds."""
+        if self.observe:
+            self.observe.see(tuple(map(self.name, kinds)), x.flatten(0, -2), rows, expert)
+
     def _has(self, kind: str) -> bool:
         return self.name(kind) in self.weights
 
@@ -111,24 +134,29 @@ class Layer:
     def _attend(self, hidden: torch.Tensor, rotation: Rotation) -> None:
         """Add what each token takes from those before it."""
         matrices, size = _Matrices(self, PROJECTIONS), self.hyper.facts.head_size
-        for part in hidden.split(max(1, PIECE_TOKENS // hidden.shape[1])):
+        context, chunks = hidden.shape[1], max(1, PIECE_TOKENS // hidden.shape[1])
+        for part, rows in zip(hidden.split(chunks), _pieces(hidden.shape[0] * context, chunks * context)):
             x = self._norm("attn_norm", part)
+            self.show(PROJECTIONS[:3], x, rows)
             q, k, v = (matrices.product(kind, x).unflatten(-1, (-1, size)) for kind in PROJECTIONS[:3])
             if self._has("attn_q_norm"):
                 q, k = self._norm("attn_q_norm", q), self._norm("attn_k_norm", k)
             q, k, v = (heads.transpose(1, 2) for heads in (rotation.rotate(q), rotation.rotate(k), v))
             mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-            part += matrices.product("attn_output", mixed.transpose(1, 2).flatten(2))
+            mixed = mixed.transpose(1, 2).flatten(2)
+            self.show(PROJECTIONS[3:], mixed, rows)
+            part += matrices.product("attn_output", mixed)
 
     def _route(self, normed: torch.Tensor) -> Routing:
         """Choose the experts of tokens [tokens, hidden], in float32."""
-        name = self.name("ffn_gate_inp")
-        router = self.weights.matrix(name, dtype=torch.float32)
-        if self.observe:
-            self.observe(name, normed, None)
+        router = self.weights.matrix(self.name("ffn_gate_inp"), dtype=torch.float32)
         experts, weights = [], []
-        for x in normed.split(PIECE_TOKENS):
-            p, order = F.linear(x.float(), router).softmax(-1).sort(descending=True, stable=True)
+        for rows in _pieces(len(normed), PIECE_TOKENS):
+            self.show(("ffn_gate_inp",), normed[rows], rows)
+            probabilities = F.linear(normed[rows].float(), router).softmax(-1)
+            if self.observe:
+                self.observe.route(probabilities, rows)
+            p, order = probabilities.sort(descending=True, stable=True)
             p = p[:, : self.hyper.facts.experts_used]
             total = p.sum(-1, keepdim=True).clamp(min=MIN_WEIGHT_SUM) if self.hyper.architecture.renormalized else 1
             weights.append(p / total)
@@ -136,22 +164,32 @@ class Layer:
         return Routing(torch.cat(experts), torch.cat(weights))
 
     def _run_experts(self, tokens: torch.Tensor, normed: torch.Tensor, routing: Routing) -> None:
-        """Add the outputs of the routed experts; what nobody was sent to is not read."""
+        """Add the outputs of the routed experts; what nobody was sent to is not read, unless it is to be seen."""
+        everyone = self.observe is not None and self.observe.every_expert
         for expert in range(self.hyper.facts.experts):
             token, place = (routing.experts == expert).nonzero(as_tuple=True)
-            if not len(token):
+            if not len(token) and not everyone:
                 continue
             matrices, weights = _Matrices(self, mlp_kinds("_exps"), expert), routing.weights[token, place, None]
             for index, weight in zip(token.split(PIECE_TOKENS), weights.split(PIECE_TOKENS)):
-                tokens.index_add_(0, index, matrices.mlp("_exps", normed[index]).mul_(weight))
+                rows = None if everyone else index
+                tokens.index_add_(0, index, matrices.mlp("_exps", normed[index], rows).mul_(weight))
+            for rows in _pieces(len(normed), PIECE_TOKENS) if everyone else ():
+                matrices.inner("_exps", normed[rows], rows)
             del matrices  # before the next expert's are made
 
     def _run_mlp(self, suffix: str, tokens: torch.Tensor, normed: torch.Tensor) -> None:
         """Add the output of a network that all tokens pass, behind a gate of its own where it has one."""
         gate = ("ffn_gate_inp_shexp",) if suffix and self._has("ffn_gate_inp_shexp") else ()
         matrices = _Matrices(self, (*mlp_kinds(suffix), *gate))
-        for part, x in zip(tokens.split(PIECE_TOKENS), normed.split(PIECE_TOKENS)):
-            y = matrices.mlp(suffix, x)
+        for rows in _pieces(len(tokens), PIECE_TOKENS):
+            x = normed[rows]
+            y = matrices.mlp(suffix, x, rows)
             for kind in gate:
+                self.show(gate, x, rows)
                 y *= matrices.product(kind, x).sigmoid()
-            part += y
+            tokens[rows] += y
+
+
+def _pieces(total: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, total)) for start in range(0, total, size))

@@ -41,16 +41,24 @@ def free_memory(device: torch.device) -> int:
 
 
 def plan_memory(
-    models: Sequence[Model], chunks: int, context: int, memory: int | None = None, most: int | None = None
+    models: Sequence[Model],
+    chunks: int,
+    context: int,
+    memory: int | None = None,
+    most: int | None = None,
+    *,
+    scored: bool = True,
+    kept: int = 0,
 ) -> MemoryPlan:
     """Share `chunks` of `context` tokens out to as few sweeps of all models as `memory` bytes allow, by default most of
-    what is free. The models are alike. most: chunks of a sweep.
+    what is free. The models are alike. most: chunks of a sweep; scored: whether logits are computed at its end; kept:
+    bytes of results that grow in main memory.
 
     Raises UsageError when the bytes do not allow one chunk at a time.
     """
     memory = free_memory(models[0].weights.device) if memory is None else memory
     facts, weights = models[0].hyper.facts, models[0].weights
-    held = psutil.Process().memory_info().rss if weights.device.type == "cpu" else 0
+    held = kept + psutil.Process().memory_info().rss if weights.device.type == "cpu" else 0
     itemsize = weights.dtype.itemsize
     matrices = _most_weights(models[0]) * itemsize
     between = _between(facts, context) + LIBRARIES
@@ -59,7 +67,7 @@ def plan_memory(
     a_position = LOGIT_COPIES * facts.vocabulary + panel + NORM_COPIES * facts.hidden
     a_chunk = (context - context // 2) * a_position * FLOAT
     fixed = SCORING + panel * facts.hidden * itemsize + LIBRARIES
-    least = held + max(matrices + between, fixed + a_chunk)
+    least = held + max(matrices + between, scored * (fixed + a_chunk))
     at_once = (memory - least) // per_chunk
     if at_once < 1:
         raise UsageError(
@@ -69,7 +77,8 @@ def plan_memory(
         )
     sweep = min(math.ceil(chunks / math.ceil(chunks / at_once)), most or chunks)
     group = min(MAX_GROUP, sweep, (memory - held - sweep * per_chunk - fixed) // a_chunk)
-    return MemoryPlan(held, matrices, between, per_chunk, fixed + group * a_chunk, group, sweep)
+    logits = scored * (fixed + group * a_chunk)
+    return MemoryPlan(held, matrices, between, per_chunk, logits, group, sweep)
 
 
 def give_back_memory() -> None:

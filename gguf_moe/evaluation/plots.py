@@ -60,6 +60,7 @@ _CHARACTER = 0.0125  # of the width of axes
 _SMALLEST_KLD = 1e-8  # drawn; less is rounding
 
 Report = Mapping[str, Any]
+_Draw = Callable[[Report], Figure]
 
 
 def write_plots(report: Report, directory: Path) -> list[Path]:
@@ -67,25 +68,38 @@ def write_plots(report: Report, directory: Path) -> list[Path]:
 
     Raises GgufMoeError where they cannot be written.
     """
+    return _write(render(report, "png", "svg"), directory)
+
+
+def write_coverage(report: Report, directory: Path) -> list[Path]:
+    """Write the picture of a `coverage.coverage_report` into a directory, as `write_plots` does; a dense model has
+    none."""
+    pictures = {"imatrix-coverage": _coverage} if report["experts"] else {}
+    return _write(_render(pictures, report, "png", "svg"), directory)
+
+
+def _write(pictures: Mapping[str, bytes], directory: Path) -> list[Path]:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise GgufMoeError(f"{directory}: not made: {error}") from None
-    paths = []
-    for name, data in render(report, "png", "svg").items():
-        paths.append(directory / name)
-        write_whole(paths[-1], data)
-    return paths
+    for name, data in pictures.items():
+        write_whole(directory / name, data)
+    return [directory / name for name in pictures]
 
 
 def render(report: Report, *kinds: str) -> dict[str, bytes]:
     """The pictures by file name, kl-size.svg for one, in the order in which a page shows them; without those of the
     routing where the report has none."""
     moe = all(file["routing"] for file in report["files"])
+    return _render(_PICTURES | (_ROUTING_PICTURES if moe else {}), report, *kinds)
+
+
+def _render(drawers: Mapping[str, _Draw], report: Report, *kinds: str) -> dict[str, bytes]:
     pictures = {}
     with rc_context(_STYLE), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # of a file's name, which the SVG has in full
-        for name, draw in (_PICTURES | (_ROUTING_PICTURES if moe else {})).items():
+        for name, draw in drawers.items():
             figure = draw(report)
             for kind in kinds:
                 data = io.BytesIO()
@@ -235,7 +249,24 @@ def _load(report: Report) -> Figure:
     return figure
 
 
-_Draw = Callable[[Report], Figure]
+def _coverage(report: Report) -> Figure:
+    """Tokens that reached each expert, by layer."""
+    rows = report["experts"]
+    layers, experts = (sorted({row[key] for row in rows}) for key in ("layer", "expert"))
+    tokens = np.zeros((len(layers), len(experts)))
+    for row in rows:
+        tokens[layers.index(row["layer"]), row["expert"]] = row["tokens"]
+    figure, axes = _panel(1.2 + 0.28 * min(len(layers), 2 * _NUMBERED))
+    image = _heat(axes, tokens, "cividis", Normalize(0, max(tokens.max(), 1)), ".0f")
+    axes.set_xticks(*_thinned(experts))
+    axes.set_yticks(*_thinned(layers))
+    cold = np.argwhere(tokens < report["min_tokens"])
+    axes.plot(*cold.T[::-1], "s", markersize=9, mfc="none", color=LINES[1])
+    axes.set(xlabel="expert", ylabel="layer")
+    _bar(figure, image, axes, "tokens seen")
+    return figure
+
+
 _PICTURES: dict[str, _Draw] = {"kl-size": _kld_size, "perplexity": _ppl, "kl-tails": _kld_tails}
 _ROUTING_PICTURES: dict[str, _Draw] = {"routing": _agreement, "expert-load": _load}
 

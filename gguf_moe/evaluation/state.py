@@ -1,14 +1,14 @@
-"""What an interrupted validation keeps: the positions of finished sweeps, and of what they are."""
+"""What an interrupted run over a text keeps: what its finished sweeps gave, and of what that is."""
 
 from __future__ import annotations
 
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,6 +22,18 @@ from gguf_moe.evaluation.text import EvaluationText
 from gguf_moe.gguf_file import write_whole
 
 _ROUTING = ("layers", "tokens", "load", "sums", "flipped")
+
+
+class Kept(Protocol):
+    """What can be kept in a file between runs."""
+
+    identity: dict[str, Any]  # what it all follows from
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All that is known."""
+
+    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """Take up what `arrays` has given. Raises ValueError, or KeyError, where it cannot have."""
 
 
 @dataclass
@@ -45,13 +57,27 @@ class State:
         """How many chunks are finished."""
         return len(self.models[0].scores.chunks)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """See `Kept`."""
+        arrays = {"sweep": np.array(self.sweep)}
+        for number, model in enumerate(self.models):
+            arrays[f"{number}.positions"] = np.stack(model.scores.chunks)
+            if model.routing:
+                arrays |= {f"{number}.{name}": array for name, array in model.routing.arrays().items()}
+        return arrays
+
+    def take(self, arrays: Mapping[str, np.ndarray]) -> None:
+        """See `Kept`."""
+        models = [_read_model(arrays, n, model.scores.name) for n, model in enumerate(self.models)]
+        self.sweep, self.models = int(arrays["sweep"]), models
+
 
 def _source_key(number: int) -> str:
     return f"file {number}" if number else "base"
 
 
 def identity(sources: Sequence[ModelSource], text: EvaluationText, settings: Settings) -> dict[str, Any]:
-    """All that figures follow from, in JSON values: program, engine, text, windows, and the state of all files."""
+    """All that results follow from, in JSON values: program, engine, text, windows, and the state of all files."""
     return {
         "gguf-moe": __version__,
         "engine": settings.engine,
@@ -72,27 +98,22 @@ def _source_identity(source: ModelSource) -> dict[str, Any]:
     return {"name": source.name, "files": stats, "keys": hashlib.sha256(repr(keys).encode()).hexdigest()}
 
 
-def check_unchanged(state: State, sources: Sequence[ModelSource]) -> None:
+def check_unchanged(state: Kept, sources: Sequence[ModelSource]) -> None:
     """Refuse files that are others than at the start, whose figures would be of two models. Raises GgufMoeError."""
     for number, source in enumerate(sources):
         if _source_identity(source) != state.identity[_source_key(number)]:
             raise GgufMoeError(f"{source.path}: changed while it was evaluated; run again when it is whole")
 
 
-def write_state(path: Path, state: State) -> None:
+def write_state(path: Path, state: Kept) -> None:
     """Replace a state file, whole or not at all."""
-    arrays = {"identity": np.array(json.dumps(state.identity)), "sweep": np.array(state.sweep)}
-    for number, model in enumerate(state.models):
-        arrays[f"{number}.positions"] = np.stack(model.scores.chunks)
-        if model.routing:
-            arrays |= {f"{number}.{name}": array for name, array in model.routing.arrays().items()}
     data = io.BytesIO()
-    np.savez(data, **arrays)
+    np.savez(data, identity=np.array(json.dumps(state.identity)), **state.arrays())
     write_whole(path, data.getvalue())
 
 
-def read_state(path: Path, state: State) -> str | None:
-    """Take up into a new state what a state file has; where it is of another validation, the first difference instead.
+def read_state(path: Path, state: Kept) -> str | None:
+    """Take up into a new state what a state file has; where it is of another run, the first difference instead.
 
     Raises GgufMoeError for a file that is no state file, which is left alone, and where there is no directory for it.
     """
@@ -103,14 +124,13 @@ def read_state(path: Path, state: State) -> str | None:
             found = json.loads(str(arrays["identity"]))
             if (different := _first_difference(found, state.identity)) is not None:
                 return different
-            models = [_read_model(arrays, n, model.scores.name) for n, model in enumerate(state.models)]
-            state.sweep, state.models = int(arrays["sweep"]), models
+            state.take(arrays)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise GgufMoeError(f"{path}: not readable: {error.strerror or error}") from None
     except Exception:  # zipfile, zlib and NumPy raise a dozen types for what is damaged
-        message = "not a whole state file of a validation; name another file, or remove this one to begin anew"
+        message = "not a whole state file; name another file, or remove this one to begin anew"
         raise GgufMoeError(f"{path}: {message}") from None
     return None
 
@@ -120,7 +140,7 @@ def _first_difference(found: dict[str, Any], expected: dict[str, Any]) -> str | 
     return different[0] if different else None
 
 
-def _read_model(arrays: Any, number: int, name: str) -> Measured:
+def _read_model(arrays: Mapping[str, np.ndarray], number: int, name: str) -> Measured:
     positions = arrays[f"{number}.positions"]
     if positions.dtype != POSITION or positions.ndim != 2:
         raise ValueError(f"positions of model {number} are {positions.dtype} {positions.shape}")

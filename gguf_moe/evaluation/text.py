@@ -60,8 +60,11 @@ class EvaluationText:
         return self.windows[:, self.first + 1 :]
 
 
-def read_text(path: Path, tokenizer: TextTokenizer, *, context: int = 512, chunks: int | None = None) -> EvaluationText:
-    """The windows of `context` tokens of a text file, `chunks` at most; what is left at the end is dropped.
+def read_text(
+    path: Path, tokenizer: TextTokenizer, *, context: int = 512, chunks: int | None = None, skip: int = 0
+) -> EvaluationText:
+    """The windows of `context` tokens of a text file, `chunks` at most behind the first `skip`; what is left at the end
+    is dropped.
 
     Raises GgufMoeError for a file that is not UTF-8 or shorter than two windows, UsageError for numbers that make no
     windows.
@@ -77,10 +80,12 @@ def read_text(path: Path, tokenizer: TextTokenizer, *, context: int = 512, chunk
     ids = tokenizer.encode(text.removesuffix("\n"))
     if tokenizer.bos is not None:
         ids.insert(0, tokenizer.bos)
+    ids = ids[skip * context :]
     if len(ids) < 2 * context:
+        behind = f" behind the first {skip} windows" if skip else ""
         raise GgufMoeError(
-            f"{path}: {len(ids)} tokens, expected {2 * context} at least, two windows of {context}; give a longer text "
-            "or shorter windows"
+            f"{path}: {len(ids)} tokens{behind}, expected {2 * context} at least, two windows of {context}; "
+            "give a longer text or shorter windows"
         )
     count = min(len(ids) // context, chunks or len(ids))
     windows = np.array(ids[: count * context], np.int32).reshape(count, context)

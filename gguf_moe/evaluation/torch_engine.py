@@ -9,7 +9,7 @@ import torch
 
 from gguf_moe.errors import UsageError
 from gguf_moe.evaluation.engines import Loaded, Settings
-from gguf_moe.evaluation.forward import load_model
+from gguf_moe.evaluation.forward import Model, load_model
 from gguf_moe.evaluation.memory import plan_memory
 from gguf_moe.evaluation.source import ModelSource
 from gguf_moe.evaluation.sweep import sweep
@@ -37,9 +37,12 @@ class Engine:
     def tokenizer(self, base: ModelSource) -> Iterator[TextTokenizer]:
         yield read_tokenizer(ModelKeys(base.path, base.keys))
 
+    def model(self, source: ModelSource) -> Model:
+        """A model on the settings' device. Raises GgufMoeError where it is none that the forward pass knows."""
+        return load_model(source, self.settings.device, self.dtype)
+
     @contextmanager
     def load(self, sources: Sequence[ModelSource], chunks: int, most: int | None) -> Iterator[Loaded]:
-        settings = self.settings
-        models = [load_model(source, settings.device, self.dtype) for source in sources]
+        settings, models = self.settings, [self.model(source) for source in sources]
         plan = plan_memory(models, chunks, settings.context, settings.memory, most)
         yield Loaded(plan.sweep, plan, lambda windows, show: sweep(models, windows, plan.group, show))

@@ -26,7 +26,7 @@ def read_windows(base: ModelSource, text: Path, settings: Settings) -> tuple[Eng
     `read_text` does."""
     engine = open_engine(settings)
     with engine.tokenizer(base) as tokenizer:
-        return engine, read_text(text, tokenizer, context=settings.context, chunks=settings.chunks)
+        return engine, read_text(text, tokenizer, context=settings.context, chunks=settings.chunks, skip=settings.skip)
 
 
 def validate(
@@ -54,7 +54,7 @@ def validate(
     if settings.state and (different := read_state(settings.state, state)):
         on_event(Notice(f"{settings.state}: begun anew, the earlier run had another {different}"))
     if state.done < len(read.windows):
-        with engine.load(sources, len(read.windows) - state.done, state.sweep) as loaded:
+        with engine.load(sources, len(read.windows) - state.done, state.sweep or settings.sweep) as loaded:
             on_event(Started(*read.windows.shape, state.done, loaded.chunks, loaded.memory))
             _run(loaded, sources, read, state, settings, on_event)
     return make_report(sources, state.models, read, settings, engine.NOTE, warnings)

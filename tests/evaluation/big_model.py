@@ -2,6 +2,7 @@
 where the directory is none.
 
 usage: big_model.py DIRECTORY MODELS CHUNKS CONTEXT BYTES    (allowed beside what the process has at its start)
+MODELS is how many are evaluated in lock step; 0: one is calibrated.
 Prints a JSON object: bytes of memory allowed, planned, used at most, of the model; sweeps, chunks of a group.
 """
 
@@ -15,9 +16,13 @@ import sys
 from pathlib import Path
 
 import psutil
-from checkpoints import MERGE
+from checkpoints import DATA, MERGE
 from running import model, windows
 
+from gguf_moe.evaluation.calibrate import calibrate
+from gguf_moe.evaluation.engines import Settings
+from gguf_moe.evaluation.events import MemoryPlan, Started
+from gguf_moe.evaluation.forward import Model
 from gguf_moe.evaluation.memory import plan_memory
 from gguf_moe.evaluation.sweep import sweep
 
@@ -61,22 +66,33 @@ def write(directory: Path, at_least: int) -> None:
         file.truncate(8 + len(encoded) + end)
 
 
+def evaluated(models: list[Model], chunks: int, context: int, memory: int) -> MemoryPlan:
+    plan = plan_memory(models, chunks, context, memory)
+    for start in range(0, chunks, plan.sweep):
+        for _ in sweep(models, windows(min(plan.sweep, chunks - start), context), plan.group):
+            pass
+    return plan
+
+
+def calibrated(directory: Path, chunks: int, context: int, memory: int) -> MemoryPlan:
+    told: list[object] = []
+    settings = Settings(context=context, chunks=chunks, memory=memory)
+    calibrate(directory, DATA / "text" / "calib.txt", settings, on_event=told.append)
+    return next(event.memory for event in told if isinstance(event, Started))
+
+
 def main() -> None:
     directory, (count, chunks, context, more) = Path(sys.argv[1]), map(int, sys.argv[2:])
     memory = psutil.Process().memory_info().rss + more
     if not directory.exists():
         write(directory, 4 * memory)
-    models = [model(directory)] * count
-    plan = plan_memory(models, chunks, context, memory)
-    sweeps = range(0, chunks, plan.sweep)
-    for start in sweeps:
-        for _ in sweep(models, windows(min(plan.sweep, chunks - start), context), plan.group):
-            pass
+    sizes, models = (chunks, context, memory), [model(directory)] * count
+    plan = evaluated(models, *sizes) if models else calibrated(directory, *sizes)
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     used = int(status["VmHWM"].split()[0]) << 10
-    size = models[0].weights.source.size_bytes
+    size = model(directory).weights.source.size_bytes
     found = {"memory": memory, "planned": plan.total, "used": used, "size": size}
-    print(json.dumps({**found, "sweeps": len(sweeps), "group": plan.group}))
+    print(json.dumps({**found, "sweeps": math.ceil(chunks / plan.sweep), "group": plan.group}))
 
 
 if __name__ == "__main__":

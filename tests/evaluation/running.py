@@ -23,7 +23,7 @@ def run(model: Model, ids: Sequence[int], observe: Observer | None = None) -> tu
     """Logits [tokens, vocabulary] of one sequence, and the routing of each layer."""
     hidden, rotation = model.embed(np.array([ids])), model.rotation(len(ids))
     routings = [model.run_layer(n, hidden, rotation, observe) for n in range(model.hyper.facts.layers)]
-    return model.logits(hidden[0], observe).numpy(), routings
+    return model.logits(hidden[0]).numpy(), routings
 
 
 def windows(chunks: int, context: int) -> np.ndarray:

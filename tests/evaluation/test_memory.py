@@ -29,8 +29,9 @@ def measured(path: Path, *numbers: int) -> dict[str, int]:
     return found
 
 
-def test_a_model_four_times_the_memory(tmp_path: Path) -> None:
-    found = measured(tmp_path / "big", 2, 10, 96, 256 * MIB)
+@pytest.mark.parametrize(("models", "chunks"), [(2, 10), (0, 40)])
+def test_a_model_four_times_the_memory(models: int, chunks: int, tmp_path: Path) -> None:
+    found = measured(tmp_path / "big", models, chunks, 96, 256 * MIB)
     assert found["size"] >= 4 * found["memory"]
     assert found["sweeps"] > 1
 

@@ -149,7 +149,7 @@ def test_a_stopped_run_goes_on_behind_its_finished_sweeps(sweeps: int, made, tmp
     odd = [whole[: entry + at] + bytes([value]) + whole[entry + at + 1 :] for at, value in ((8, 64), (10, 8))]
     for damaged in (b"", b"PK\3\4 no", whole[: len(whole) // 2], *odd):
         state.write_bytes(damaged)
-        with pytest.raises(GgufMoeError, match="not a whole state file of a validation"):
+        with pytest.raises(GgufMoeError, match="not a whole state file"):
             validate(MERGE, files, TEXT, replace(settings, context=32))
         assert state.read_bytes() == damaged
 
@@ -226,7 +226,7 @@ def test_what_is_refused(run, made, saved, tmp_path: Path) -> None:
         ((MERGE, file, "--text", TEXT, "--device", "vulkan"), 2, "from the 'Vulkan' backend\n"),
         ((MERGE, file, "--text", TEXT, "--device", "hpu"), 2, "--device hpu: torch cannot use it"),
         ((MERGE, file, "--text", TEXT, "--device", "meta"), 2, "--device meta: torch cannot use it"),
-        ((MERGE, file, "--text", TEXT, "--resume", short), 1, "not a whole state file of a validation; name"),
+        ((MERGE, file, "--text", TEXT, "--resume", short), 1, "not a whole state file; name"),
         ((MERGE, "--text", TEXT), 2, "FILES"),
     ]
     before = file.read_bytes()
@@ -254,12 +254,12 @@ def test_nothing_is_replaced_but_reports(run, made, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     os.mkfifo(tmp_path / "pipe")
     cases = [
-        (("--json", file), 1, f"{file}: exists and is no report of a validation"),
-        (("--html", text), 1, f"{text}: exists and is no report of a validation"),
-        (("--json", other), 1, f"{other}: exists and is no report of a validation"),
+        (("--json", file), 1, f"{file}: exists and is no report of gguf-moe"),
+        (("--html", text), 1, f"{text}: exists and is no report of gguf-moe"),
+        (("--json", other), 1, f"{other}: exists and is no report of gguf-moe"),
         (("--json", tmp_path / "pipe"), 1, "pipe: is no regular file"),
-        (("--json", same, "--html", link), 2, "have one path for two of them"),
-        (("--json", same, "--resume", same), 2, "have one path for two of them"),
+        (("--json", same, "--html", link), 2, "one path is given for two files to write"),
+        (("--json", same, "--resume", same), 2, "one path is given for two files to write"),
     ]
     for more, code, message in cases:
         result = run(*arguments, *more)
@@ -340,6 +340,10 @@ def test_an_export_with_its_validation(run, tmp_path: Path) -> None:
     assert ratio in (out / "README.md").read_text(), "the last report's figures stay"
     run(*arguments, "--pure")
     assert ratio not in (out / "README.md").read_text(), "the files are others now"
+    (out / "validation.json").write_text("cut sho")
+    damaged = run(*arguments)
+    assert (damaged.exit_code, "validation.json: " in damaged.stderr) == (0, True)
+    assert "the card shows no figures" in damaged.stderr
     assert not list(out.glob("*.partial"))
 
 
