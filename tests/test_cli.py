@@ -15,7 +15,8 @@ from checkpoints import MERGE
 
 import quant
 from gguf_moe import __version__, report
-from gguf_moe.cli.progress import progress_share
+from gguf_moe.cli.progress import progress_of_text
+from gguf_moe.evaluation.events import Progress, Started
 from gguf_moe.gguf_reader import read_gguf
 from gguf_moe.recipe import FILE_TYPES
 
@@ -123,10 +124,10 @@ def test_a_bar_of_windows_comes_behind_what_is_said_before(monkeypatch: pytest.M
     terminal = io.StringIO()
     terminal.isatty = lambda: True  # type: ignore[method-assign]
     monkeypatch.setattr(sys, "stderr", terminal)
-    with progress_share(100) as show:
-        print("two files", file=sys.stderr)
+    with progress_of_text("two files", None) as tell:
+        tell(Started(30, 512, 1, 30, None))
         time.sleep(0.2)  # tqdm draws ten times a second at most
-        show(166, 3000)
+        tell(Progress(166, 3000))
     first, bar = terminal.getvalue().split("\n", 1)
-    assert first == "two files"
+    assert first == "two files on 30 windows of 512 tokens, 1 of them done already, 30 a sweep"
     assert "1.7 of 30 windows" in bar
