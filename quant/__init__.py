@@ -11,22 +11,28 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from . import compiled
+from . import codes, compiled
 from .backend import BACKENDS, CODECS, backend, level, use_backend
 from .floats import from_bf16
 from .formats import FORMATS, Format, format_named
 
 __all__ = [
     "BACKENDS",
+    "CODED",
     "FORMATS",
     "Format",
     "backend",
     "dequantize",
     "first_nonfinite",
     "first_nonfinite_scale",
+    "grid",
+    "levels",
     "quantize",
     "use_backend",
+    "with_codes",
 ]
+
+CODED = tuple(codes.CODES)  # formats that have codes, of which `levels`, `grid` and `with_codes` know
 
 PIECE = 1 << 17  # weights encoded at a time: few enough for the caches, enough to hide the cost of a NumPy call
 
@@ -82,6 +88,37 @@ def dequantize(data: np.ndarray, fmt: str) -> np.ndarray:
             source = np.ascontiguousarray(blocks[_in_blocks(at, n)]).reshape(-1)
             out[at] = decode(source).reshape(out[at].shape)
     return out
+
+
+def levels(fmt: str) -> np.ndarray:
+    """What each code of a format stands for, before step and offset: float32 [codes], rising. ValueError: as `grid`."""
+    return codes.find(format_named(fmt)).levels
+
+
+def grid(data: np.ndarray, fmt: str) -> tuple[np.ndarray, np.ndarray]:
+    """What a block's scales make of codes: step and offset, float32 [..., columns]. Code q of a weight stands for
+    offset + step * levels[q], but for rounding.
+
+    data: uint8 [..., row bytes]. ValueError: a format without codes, and as `dequantize`.
+    """
+    of = levels(fmt)
+    low, high = (dequantize(with_codes(data, fmt, q), fmt) for q in (0, len(of) - 1))
+    step = (high - low) / (of[-1] - of[0])
+    return step, low - step * of[0]
+
+
+def with_codes(data: np.ndarray, fmt: str, q: np.ndarray | int) -> np.ndarray:
+    """Blocks with other codes and the same scales: uint8 [..., row bytes].
+
+    data: uint8 [..., row bytes]. q: uint8 [..., columns], or one for all; indices of `levels`. ValueError: as `grid`.
+    """
+    form, blocks = _as_blocks(data, fmt)
+    coding = codes.find(form)
+    out = blocks.copy()
+    shape = (*blocks.shape[:-1], blocks.shape[-1] * form.block_length)
+    flat = np.broadcast_to(np.asarray(q, np.uint8), shape).reshape(-1, form.block_length)
+    coding.put(out.reshape(-1), flat)
+    return _as_bytes(out)
 
 
 def first_nonfinite(x: np.ndarray, *, dtype: str | None = None) -> int | None:

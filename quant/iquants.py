@@ -30,8 +30,13 @@ def encode_iq4_nl(x: np.ndarray, importance: np.ndarray | None, row_blocks: int)
     out = np.empty(len(x), FORMATS["IQ4_NL"].dtype)
     out["d"] = to_f16(scale)
     q = nearest_code(lanes * inverse(scale))
-    out["qs"] = join_planes(from_lanes(q, 32), 4, 16)
+    put(out, from_lanes(q, 32))
     return out
+
+
+def put(blocks: np.ndarray, q: np.ndarray) -> None:
+    """Set the codes of records [blocks]: q uint8 [blocks, n]."""
+    blocks["qs"] = join_planes(q, 4, 16)
 
 
 def decode_iq4_nl(blocks: np.ndarray) -> np.ndarray:
@@ -53,7 +58,7 @@ def encode_iq4_xs(x: np.ndarray, importance: np.ndarray | None, row_blocks: int)
     delta = (d[:, None] * s.astype(F)).ravel()  # the float32 d, not the stored one
     q = nearest_code(lanes * inverse(delta))
     out["sl"], out["sh"] = pack_scales_8x6((s + 32).astype(np.uint8))
-    out["qs"] = join_planes(from_lanes(q, 256), 4, 16)
+    put(out, from_lanes(q, 256))
     return out
 
 

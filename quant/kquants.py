@@ -124,8 +124,13 @@ def encode_q2_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -
     # A negative or wild code is cut to the byte, spoiling its neighbour, and read back from there, as in ggml.
     out["scales"] = s.astype(np.uint8) | m.astype(np.uint8) << 4
     _requantize_affine(lanes, codes, out["d"], out["scales"] & 15, out["dmin"], out["scales"] >> 4, 3)
-    out["qs"] = join_planes(from_lanes(codes, BLOCK), 2, 32)
+    put_q2_k(out, from_lanes(codes, BLOCK))
     return out
+
+
+def put_q2_k(blocks: np.ndarray, q: np.ndarray) -> None:
+    """Set the codes of records [blocks]: q uint8 [blocks, 256]. So the others of this name."""
+    blocks["qs"] = join_planes(q, 2, 32)
 
 
 def decode_q2_k(blocks: np.ndarray) -> np.ndarray:
@@ -155,10 +160,13 @@ def encode_q3_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -
     out["d"] = to_f16(d)
     out["scales"] = pack_scales_16x6((s + np.int8(32)).view(np.uint8))
     _requantize_signed(lanes, codes, out["d"], s, 4)
-    q = from_lanes(codes, BLOCK)
-    out["qs"] = join_planes(q & 3, 2, 32)
-    out["hmask"] = join_planes(q >> 2, 1, 32)
+    put_q3_k(out, from_lanes(codes, BLOCK))
     return out
+
+
+def put_q3_k(blocks: np.ndarray, q: np.ndarray) -> None:
+    blocks["qs"] = join_planes(q & 3, 2, 32)
+    blocks["hmask"] = join_planes(q >> 2, 1, 32)
 
 
 def decode_q3_k(blocks: np.ndarray) -> np.ndarray:
@@ -188,11 +196,14 @@ def _encode_q45_k(x, importance, fmt: str, n_max: int, r0: float, last_step: int
     out["scales"] = pack_scales_and_mins(s, m)
     s, m = unpack_scales_and_mins(out["scales"])
     _requantize_affine(lanes, codes, out["d"], s, out["dmin"], m, n_max)
-    q = from_lanes(codes, BLOCK)
-    out["qs"] = join_planes(q, 4, 32)
-    if n_max > 15:
-        out["qh"] = join_planes(q >> 4, 1, 32)
+    put_q45_k(out, from_lanes(codes, BLOCK))
     return out
+
+
+def put_q45_k(blocks: np.ndarray, q: np.ndarray) -> None:
+    blocks["qs"] = join_planes(q, 4, 32)
+    if "qh" in blocks.dtype.names:
+        blocks["qh"] = join_planes(q >> 4, 1, 32)
 
 
 def encode_q4_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -> np.ndarray:
@@ -229,11 +240,14 @@ def encode_q6_k(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -
     out["d"] = to_f16(F(1) / inverse)
     out["scales"] = np.minimum(near(inverse[:, None] * scale), 127).astype(np.int8)
     _requantize_signed(lanes, codes, out["d"], out["scales"], 32)
-    q = from_lanes(codes, BLOCK)
-    out["ql"] = join_planes(q, 4, 64)
-    out["qh"] = join_planes(q >> 4, 2, 32)
+    put_q6_k(out, from_lanes(codes, BLOCK))
     out[amax < EPSILON] = np.zeros((), out.dtype)
     return out
+
+
+def put_q6_k(blocks: np.ndarray, q: np.ndarray) -> None:
+    blocks["ql"] = join_planes(q, 4, 64)
+    blocks["qh"] = join_planes(q >> 4, 2, 32)
 
 
 def decode_q6_k(blocks: np.ndarray) -> np.ndarray:

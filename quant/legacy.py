@@ -89,10 +89,15 @@ def _pack(fmt: str, q: np.ndarray, d: np.ndarray, m: np.ndarray | None = None) -
     out["d"] = to_f16(d)
     if m is not None:
         out["m"] = to_f16(m)
-    out["qs"] = join_planes(q, 4, 16)
-    if "qh" in out.dtype.names:
-        out["qh"] = join_bits(q >> 4 & 1)
+    put(out, q)
     return out
+
+
+def put(blocks: np.ndarray, q: np.ndarray) -> None:
+    """Set the codes of records [blocks] of Q4_0 to Q5_1: q uint8 [blocks, 32]."""
+    blocks["qs"] = join_planes(q, 4, 16)
+    if "qh" in blocks.dtype.names:
+        blocks["qh"] = join_bits(q >> 4 & 1)
 
 
 def _codes(blocks: np.ndarray) -> np.ndarray:
@@ -142,6 +147,11 @@ def encode_q8_0(x: np.ndarray, importance: np.ndarray | None, row_blocks: int) -
     out["d"] = to_f16(d)
     out["qs"] = q.T
     return out
+
+
+def put_q8_0(blocks: np.ndarray, q: np.ndarray) -> None:
+    """Set the codes of records [blocks]: q uint8 [blocks, 32], 0 for -127."""
+    blocks["qs"] = q.astype(np.int16) - 127
 
 
 def decode_q8_0(blocks: np.ndarray) -> np.ndarray:
