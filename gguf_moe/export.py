@@ -95,6 +95,17 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+def unfinished(plans: Sequence[Plan], directory: Path, *, force: bool) -> list[Plan]:
+    """The plans that `export` would still have to make there.
+
+    Raises GgufMoeError for a file that is not to be replaced.
+    """
+    if not directory.exists():
+        return list(plans)
+    run = _Run(plans, directory, {}, force, lambda event: None)
+    return [plan for plan in plans if any(True for _ in run._partials(plan))]
+
+
 class _Run:
     """One export under its lock."""
 
@@ -228,7 +239,7 @@ def is_unchanged(path: Path, entry: ExportedFile) -> bool:
 
 def source_state(plan: Plan) -> str:
     """What tells a source from itself after a change: name, size and date of its files."""
-    files = sorted({slab.source.file for tensor in plan.tensors for slab in tensor.mapped.slabs} | set(plan.inputs))
+    files = sorted(plan.source_files | set(plan.inputs))
     try:
         return "\n".join(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in files)
     except OSError as error:

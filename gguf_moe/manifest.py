@@ -99,6 +99,8 @@ def _json_values(value: Any) -> Any:
         stated = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.name not in _DROPPED}
         defaults = {f.name: _default(f) for f in dataclasses.fields(value)}
         return {name: _json_values(v) for name, v in stated.items() if v != defaults[name]}
+    if isinstance(value, dict):  # keys
+        return {key: item.value for key, item in value.items()}
     if isinstance(value, re.Pattern):
         return value.pattern
     if isinstance(value, PurePath):

@@ -54,11 +54,19 @@ class Plan:
     warnings: tuple[str, ...]
     overridden: tuple[str, ...] = ()  # keys that the user set
     inputs: tuple[Path, ...] = ()  # files beside a checkpoint's that are read, so never to be written to
+    sources: frozenset[Path] | None = None  # of the model, where rows are read from elsewhere
 
     @cached_property
     def tensors(self) -> tuple[TensorPlan, ...]:
         """Of all files, in their order."""
         return tuple(tensor for file in self.files for tensor in file.tensors)
+
+    @property
+    def source_files(self) -> frozenset[Path]:
+        """Files of the model that it is made of."""
+        if self.sources is not None:
+            return self.sources
+        return frozenset(slab.source.file for tensor in self.tensors for slab in tensor.mapped.slabs)
 
     @cached_property
     def data_bytes(self) -> int:
@@ -163,7 +171,7 @@ def _plan_from_checkpoint(
     try:
         keys = _keys(described, file_type, by_quantizer)
         keys, key_warnings = apply_overrides(keys, request.override_kv, architecture.name, facts.vocabulary)
-        keys |= imatrix.keys() if imatrix and by_quantizer else {}
+        keys |= _added(request, imatrix) if by_quantizer else {}
         files = lay_out(tensors, keys, request.splitting, by_converter=not by_quantizer)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError, struct.error) as error:
         raise GgufMoeError(
@@ -207,7 +215,7 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request, ima
     tensors, rule_warnings = _choose(mapped, file_type, facts, request, keep=True)
     check_decoding(tensors, request)
     rule_warnings += check_importance(tensors, file_type, imatrix)
-    keys |= imatrix.keys() if imatrix and by_quantizer else {}
+    keys |= _added(request, imatrix) if by_quantizer else {}
     return Plan(
         model.path,
         file_type,
@@ -219,6 +227,11 @@ def _plan_from_gguf(model: GgufModel, file_type: FileType, request: Request, ima
         _overridden(request),
         (*(file.path for file in model.files), *((imatrix.path,) if imatrix else ())),
     )
+
+
+def _added(request: Request, imatrix: Imatrix | None) -> dict[str, gguf.GGUFValue]:
+    """Keys of how a file is quantized, the last."""
+    return {**(imatrix.keys() if imatrix else {}), **request.keys}
 
 
 def _by_quantizer(file_type: FileType, request: Request) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import gguf
+
 from gguf_moe.rules import Rules
 from gguf_moe.sharding import Splitting
 
@@ -25,3 +27,4 @@ class Request:
     allow_requantize: bool = False
     imatrix: Path | None = None  # importance matrix
     splitting: Splitting | None = None  # into shards
+    keys: dict[str, gguf.GGUFValue] = field(default_factory=dict)  # of the method that quantizes

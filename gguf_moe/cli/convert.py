@@ -9,12 +9,21 @@ from typing import Any
 import click
 
 from gguf_moe import report
-from gguf_moe.cli.options import as_request, find_target, is_gguf, open_model, output_options, request_options
-from gguf_moe.cli.progress import progress_lines, warn
+from gguf_moe.cli.options import (
+    as_request,
+    find_target,
+    is_gguf,
+    method_options,
+    open_model,
+    output_options,
+    request_options,
+)
+from gguf_moe.cli.progress import progress_lines, progress_of_method, warn
 from gguf_moe.convert import check_target
 from gguf_moe.convert import convert as run_plan
 from gguf_moe.duplicates import find_duplicates
 from gguf_moe.errors import UsageError
+from gguf_moe.methods import Method
 from gguf_moe.plan import make_plan
 from gguf_moe.recipe import BITS, FileType, find_file_type
 from gguf_moe.recipe_file import RecipeFile, read_recipe
@@ -27,6 +36,7 @@ from gguf_moe.recipe_file import RecipeFile, read_recipe
 @output_options
 @click.option("--threads", type=click.IntRange(1, 1024), help="How many threads encode; by default one a core.")
 @request_options
+@method_options
 def convert(
     model: Path,
     bits: str | None,
@@ -36,6 +46,7 @@ def convert(
     force: bool,
     dry_run: bool,
     recipe: Path | None,
+    method: Method,
     **asked: Any,
 ) -> None:
     """Convert MODEL to one GGUF file or to shards.
@@ -46,7 +57,7 @@ def convert(
     file_type = asked_recipe.file_type
     if not (is_gguf(model) and bits is quant_name is file_type is None):
         file_type = _asked_file_type(bits, quant_name, file_type)
-    plan = make_plan(open_model(model), file_type, as_request(asked_recipe, **asked))
+    plan = make_plan(open_model(model), file_type, as_request(asked_recipe, keys=method.keys(), **asked))
     target = find_target(output, model, plan.default_name)
     if not dry_run:
         check_target(plan, target, force=force)
@@ -57,8 +68,12 @@ def convert(
         click.echo(f"would be written to {report.target_text(plan, target)}")
         return
     started = time.monotonic()
-    with progress_lines() as show:
-        run_plan(plan, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
+    with (
+        progress_of_method(str(model)) as tell,
+        method.prepared([plan], [target], tell) as (made,),
+        progress_lines() as show,
+    ):
+        run_plan(made, target, threads=threads, force=force, twins=duplicates.twins, on_progress=show)
     click.echo("\n".join([report.plan_summary(plan), *duplicates.notes()]))
     click.echo(f"{report.target_text(plan, target)} written in {time.monotonic() - started:.1f} seconds")
 

@@ -15,8 +15,8 @@ from tqdm import tqdm
 from gguf_moe import report
 from gguf_moe.card import check_repo, write_card
 from gguf_moe.checkpoint import read_optional_json
-from gguf_moe.cli.options import as_request, open_model, request_options
-from gguf_moe.cli.progress import progress_bar, warn
+from gguf_moe.cli.options import as_request, method_options, open_model, request_options
+from gguf_moe.cli.progress import progress_bar, progress_of_method, warn
 from gguf_moe.cli.reports import check_ours, write_json
 from gguf_moe.cli.validate import evaluate, validation_lines
 from gguf_moe.cli.verify import verify_files
@@ -28,10 +28,11 @@ from gguf_moe.evaluation.guards import check_alike
 from gguf_moe.evaluation.source import open_model as open_source
 from gguf_moe.evaluation.source import planned_model
 from gguf_moe.evaluation.validate import read_windows
-from gguf_moe.export import LADDER, Event, Finished, Found
+from gguf_moe.export import LADDER, Event, Finished, Found, unfinished
 from gguf_moe.export import export as run_plans
 from gguf_moe.filling import Progress
 from gguf_moe.manifest import Manifest, recipe_values
+from gguf_moe.methods import Method
 from gguf_moe.plan import Plan, make_plans
 from gguf_moe.recipe import find_file_type
 from gguf_moe.recipe_file import RecipeFile, read_recipe
@@ -54,6 +55,7 @@ REPORT = "validation.json"  # beside the files, the last validation's
 @click.option("--quantized-by", metavar="NAME", help="Who stands in the model card as its maker.")
 @click.option("--repo", metavar="ORG/NAME", help="Where the files will be published, for the card's commands.")
 @request_options
+@method_options
 @click.pass_context
 def export(
     context: click.Context,
@@ -69,6 +71,7 @@ def export(
     quantized_by: str | None,
     repo: str | None,
     recipe: Path | None,
+    method: Method,
     **asked: Any,
 ) -> None:
     """Write a ladder of GGUF files of MODEL from one read.
@@ -80,7 +83,7 @@ def export(
         raise UsageError("--output is empty, expected a directory")
     output = Path(directory)
     asked_recipe = read_recipe(recipe) if recipe else RecipeFile()
-    request = as_request(asked_recipe, **asked)
+    request = as_request(asked_recipe, keys=method.keys(), **asked)
     levels = [find_file_type(name) for name in names] or [asked_recipe.file_type]
     if levels == [None]:
         levels = [find_file_type(name) for name in LADDER]
@@ -93,9 +96,16 @@ def export(
         _check_validation(model, output, plans[0], text, force)
     duplicates = find_duplicates(plans)
     try:
-        with progress_bar() as show_progress:
+        open_plans = unfinished(plans, output, force=force)
+        targets = [output / plan.default_name for plan in open_plans]
+        with (
+            progress_of_method(str(model)) as tell,
+            method.prepared(open_plans, targets, tell) as made,
+            progress_bar() as show_progress,
+        ):
+            chosen = {plan.default_name: plan for plan in made}
             manifest = run_plans(
-                plans,
+                [chosen.get(plan.default_name, plan) for plan in plans],
                 output,
                 recipe=recipe_values(request),
                 threads=threads,

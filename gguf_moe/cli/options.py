@@ -14,6 +14,8 @@ from gguf_moe.checkpoint import Checkpoint, open_checkpoint
 from gguf_moe.errors import UsageError
 from gguf_moe.evaluation.engines import DTYPES, KEPT_WINDOWS
 from gguf_moe.gguf_source import GgufModel, open_gguf
+from gguf_moe.methods import METHODS, find_method
+from gguf_moe.methods import Settings as MethodSettings
 from gguf_moe.recipe_file import RecipeFile
 from gguf_moe.request import Request
 from gguf_moe.rules import merge, parse_rules
@@ -91,6 +93,42 @@ def text_options(command: Callable) -> Callable:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+def method_options(command: Callable) -> Callable:
+    """The options that become a `Method`, which the command takes as `method`."""
+
+    @click.option(
+        "--method",
+        "name",
+        default=METHODS[0],
+        show_default=True,
+        type=click.Choice(METHODS),
+        help="How codes are chosen: as ggml does, or with error feedback on a text.",
+    )
+    @click.option("--calib", type=click.Path(path_type=Path), metavar="TEXT", help="What gptq calibrates on.")
+    @click.option("--calib-chunks", type=click.IntRange(1), metavar="N", help="The first N windows of it only.")
+    @click.option("--calib-original", is_flag=True, help="Calibrate on the layers as they were before.")
+    @click.option("--damping", type=click.FloatRange(0, min_open=True), metavar="X", help="Of gptq; 0.01 by default.")
+    @click.option("--device", help="Torch's, for gptq: cpu, cuda, cuda:1, mps.")
+    @click.option("--memory", type=Size(), metavar="N[K|M|G]", help="Bytes that gptq may take; most of what is free.")
+    @wraps(command)
+    def with_method(
+        name: str,
+        calib: Path | None,
+        calib_chunks: int | None,
+        calib_original: bool,
+        damping: float | None,
+        device: str | None,
+        memory: int | None,
+        **others: Any,
+    ) -> Any:
+        asked = {"damping": damping, "device": device}
+        given = {key: value for key, value in asked.items() if value is not None}
+        settings = MethodSettings(calib, calib_chunks, calib_original, memory=memory, **given)
+        return command(method=find_method(name, settings), **others)
+
+    return with_method
 
 
 class Size(click.ParamType):

@@ -14,6 +14,8 @@ from gguf_moe import report
 from gguf_moe.evaluation.events import MemoryPlan, Notice, Started
 from gguf_moe.evaluation.validate import STEPS, Event
 from gguf_moe.filling import Progress
+from gguf_moe.methods import Chosen, Summary
+from gguf_moe.methods import Event as MethodEvent
 
 PLAIN_STEPS = 10  # progress lines where there is no terminal
 
@@ -68,6 +70,27 @@ def progress_of_text(what: str, state: Path | None) -> Iterator[Callable[[Event]
             behind = "; the same command goes on behind the last finished sweep"
             click.echo(f"gguf-moe: interrupted{behind if state.exists() else ' before a sweep was finished'}", err=True)
         raise
+
+
+@contextmanager
+def progress_of_method(what: str) -> Iterator[Callable[[MethodEvent], None]]:
+    """What a method tells while it chooses codes: warnings, what it takes, on a terminal a bar over all matrices, and
+    what came of it."""
+    with tqdm(unit=" matrices", dynamic_ncols=True, leave=False, delay=1e-9, disable=not sys.stderr.isatty()) as bar:
+
+        def tell(event: MethodEvent) -> None:
+            if isinstance(event, Notice):
+                warn([event.text])
+            elif isinstance(event, Chosen):
+                bar.total = event.total
+                bar.set_postfix_str(report.printable(event.tensor), refresh=False)
+                bar.update(event.done - bar.n)
+                if bar.n == event.total:
+                    bar.clear()
+            else:
+                click.echo(event.text if isinstance(event, Summary) else _started_line(event, what), err=True)
+
+        yield tell
 
 
 def _started_line(event: Started, what: str) -> str:

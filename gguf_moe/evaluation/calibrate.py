@@ -82,9 +82,9 @@ class Collector:
     probabilities: torch.Tensor = field(init=False)  # the layer's at hand, float32 [tokens of the sweep, experts]
 
     @property
-    def every_expert(self) -> bool:
+    def shown(self) -> slice | None:
         """See `Observer`."""
-        return self.weighing is not None
+        return slice(None) if self.weighing else None
 
     def begin(self, counted: np.ndarray, device: torch.device) -> None:
         """A sweep begins; counted: bool [chunks, context], see `dense_tokens`."""
@@ -96,9 +96,11 @@ class Collector:
         if self.weighing == ROUTER:
             self.probabilities[rows] = probabilities
 
-    def see(self, names: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None) -> None:
+    def see(self, names: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None, own: bool = True) -> None:
         """See `Observer`."""
         weights = None
+        if own and expert is not None and self.weighing:
+            return  # it is among those that are shown
         if expert is None:
             counted = self.counted[rows]
             x = x if counted.all() else x[counted]

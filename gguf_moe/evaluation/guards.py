@@ -15,6 +15,7 @@ from gguf_moe.gguf_keys import ModelKeys
 from gguf_moe.imatrix import DATASET, TEXT_HASH
 from gguf_moe.mapping import without_outer_ones
 
+CALIBRATION = "gguf_moe.gptq.text_sha256"  # of the text that error feedback went by
 _LLM, _Tokenizer = gguf.Keys.LLM, gguf.Keys.Tokenizer
 _SHAPE_KEYS = (_LLM.BLOCK_COUNT, _LLM.EXPERT_COUNT, _LLM.EXPERT_USED_COUNT)
 _TOKENIZER_KEYS = (_Tokenizer.MODEL, _Tokenizer.PRE, _Tokenizer.BOS_ID, _Tokenizer.ADD_BOS, _Tokenizer.ADD_PREFIX)
@@ -62,11 +63,11 @@ def _refuse(other: ModelSource | ModelKeys, found: str, expected: str, base: Mod
 def calibration_warnings(sources: Sequence[ModelSource], text: EvaluationText) -> Iterator[str]:
     """What is to be said of files whose importance matrix was made from the text itself."""
     for source in sources:
+        made_from = f"from this very text, {text.name}; its figures are better here than elsewhere, evaluate on another"
+        if text.sha256 in _texts(source.keys.get(CALIBRATION)):
+            yield f"{source.name}: its codes were chosen {made_from} text"
         if text.sha256 in _texts(source.keys.get(TEXT_HASH)):
-            yield (
-                f"{source.name}: its importance matrix was made from this very text, {text.name}; its figures are "
-                "better here than elsewhere, evaluate on another text"
-            )
+            yield f"{source.name}: its importance matrix was made {made_from} text"
         elif text.name in (PureWindowsPath(name).name for name in _texts(source.keys.get(DATASET))):
             yield (
                 f"{source.name}: its importance matrix was made from a text called {text.name} too; if it is the same, "

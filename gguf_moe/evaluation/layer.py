@@ -27,13 +27,13 @@ Rows = slice | torch.Tensor  # which of a sweep's tokens, counted over all of it
 class Observer(Protocol):
     """Who sees the inputs of matrix products."""
 
-    every_expert: bool  # shown to each expert are all tokens, not only those that it is sent
+    shown: slice | None  # tokens that every expert is shown beside those that it is sent; the model computes the same
 
     def route(self, probabilities: torch.Tensor, rows: Rows) -> None:
         """Take a router's probabilities of tokens, float32 [rows, experts], before the layer's experts run."""
 
-    def see(self, names: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None) -> None:
-        """Take the input x [rows, columns] of matrices, or of one expert's in stacks."""
+    def see(self, names: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None, own: bool) -> None:
+        """Take the input x [rows, columns] of matrices, or of one expert's in stacks. own: not one of `shown`."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +75,15 @@ class _Matrices:
         """x [..., columns] times the matrix of that kind: [..., rows]."""
         return F.linear(x, self.matrices[kind], self.biases.get(kind))
 
-    def inner(self, suffix: str, x: torch.Tensor, rows: Rows | None) -> torch.Tensor:
-        """What comes to the last matrix of these gated networks. rows: None where nobody is to see it."""
+    def inner(self, suffix: str, x: torch.Tensor, rows: Rows, *, own: bool = True) -> torch.Tensor:
+        """What comes to the last matrix of these gated networks."""
         gate, up, down = mlp_kinds(suffix)
         inner = F.silu(self.product(gate, x), inplace=True).mul_(self.product(up, x))
-        if rows is not None:
-            self.layer.show((gate, up), x, rows, self.expert)
-            self.layer.show((down,), inner, rows, self.expert)
+        self.layer.show((gate, up), x, rows, self.expert, own=own)
+        self.layer.show((down,), inner, rows, self.expert, own=own)
         return inner
 
-    def mlp(self, suffix: str, x: torch.Tensor, rows: Rows | None) -> torch.Tensor:
+    def mlp(self, suffix: str, x: torch.Tensor, rows: Rows) -> torch.Tensor:
         """The output of the gated network of these matrices."""
         return self.product(mlp_kinds(suffix)[2], self.inner(suffix, x, rows))
 
@@ -117,10 +116,12 @@ class Layer:
         shape = (*hidden.shape[:2], -1)
         return Routing(routing.experts.view(shape), routing.weights.view(shape))
 
-    def show(self, kinds: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None = None) -> None:
+    def show(
+        self, kinds: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None = None, *, own: bool = True
+    ) -> None:
         """Let the observer, if there is one, see the input x [..., columns] of matrices of these kinds."""
         if self.observe:
-            self.observe.see(tuple(map(self.name, kinds)), x.flatten(0, -2), rows, expert)
+            self.observe.see(tuple(map(self.name, kinds)), x.flatten(0, -2), rows, expert, own)
 
     def _has(self, kind: str) -> bool:
         return self.name(kind) in self.weights
@@ -135,7 +136,7 @@ class Layer:
         """Add what each token takes from those before it."""
         matrices, size = _Matrices(self, PROJECTIONS), self.hyper.facts.head_size
         context, chunks = hidden.shape[1], max(1, PIECE_TOKENS // hidden.shape[1])
-        for part, rows in zip(hidden.split(chunks), _pieces(hidden.shape[0] * context, chunks * context)):
+        for part, rows in zip(hidden.split(chunks), _pieces(range(hidden.shape[0] * context), chunks * context)):
             x = self._norm("attn_norm", part)
             self.show(PROJECTIONS[:3], x, rows)
             q, k, v = (matrices.product(kind, x).unflatten(-1, (-1, size)) for kind in PROJECTIONS[:3])
@@ -151,7 +152,7 @@ class Layer:
         """Choose the experts of tokens [tokens, hidden], in float32."""
         router = self.weights.matrix(self.name("ffn_gate_inp"), dtype=torch.float32)
         experts, weights = [], []
-        for rows in _pieces(len(normed), PIECE_TOKENS):
+        for rows in _pieces(range(len(normed)), PIECE_TOKENS):
             self.show(("ffn_gate_inp",), normed[rows], rows)
             probabilities = F.linear(normed[rows].float(), router).softmax(-1)
             if self.observe:
@@ -165,24 +166,24 @@ class Layer:
 
     def _run_experts(self, tokens: torch.Tensor, normed: torch.Tensor, routing: Routing) -> None:
         """Add the outputs of the routed experts; what nobody was sent to is not read, unless it is to be seen."""
-        everyone = self.observe is not None and self.observe.every_expert
+        shown = self.observe.shown if self.observe else None
+        others = range(len(normed))[shown] if shown else range(0)
         for expert in range(self.hyper.facts.experts):
             token, place = (routing.experts == expert).nonzero(as_tuple=True)
-            if not len(token) and not everyone:
+            if not len(token) and not others:
                 continue
             matrices, weights = _Matrices(self, mlp_kinds("_exps"), expert), routing.weights[token, place, None]
             for index, weight in zip(token.split(PIECE_TOKENS), weights.split(PIECE_TOKENS)):
-                rows = None if everyone else index
-                tokens.index_add_(0, index, matrices.mlp("_exps", normed[index], rows).mul_(weight))
-            for rows in _pieces(len(normed), PIECE_TOKENS) if everyone else ():
-                matrices.inner("_exps", normed[rows], rows)
+                tokens.index_add_(0, index, matrices.mlp("_exps", normed[index], index).mul_(weight))
+            for rows in _pieces(others, PIECE_TOKENS):
+                matrices.inner("_exps", normed[rows], rows, own=False)
             del matrices  # before the next expert's are made
 
     def _run_mlp(self, suffix: str, tokens: torch.Tensor, normed: torch.Tensor) -> None:
         """Add the output of a network that all tokens pass, behind a gate of its own where it has one."""
         gate = ("ffn_gate_inp_shexp",) if suffix and self._has("ffn_gate_inp_shexp") else ()
         matrices = _Matrices(self, (*mlp_kinds(suffix), *gate))
-        for rows in _pieces(len(tokens), PIECE_TOKENS):
+        for rows in _pieces(range(len(tokens)), PIECE_TOKENS):
             x = normed[rows]
             y = matrices.mlp(suffix, x, rows)
             for kind in gate:
@@ -191,5 +192,7 @@ class Layer:
             tokens[rows] += y
 
 
-def _pieces(total: int, size: int) -> Iterator[slice]:
-    return (slice(start, min(start + size, total)) for start in range(0, total, size))
+def _pieces(rows: range, size: int) -> Iterator[slice]:
+    for start in range(0, len(rows), size):
+        part = rows[start : start + size]
+        yield slice(part.start, part.stop, part.step)

@@ -87,11 +87,12 @@ def identity(sources: Sequence[ModelSource], text: EvaluationText, settings: Set
         "ctx": settings.context,
         "chunks": len(text.windows),
         "tokens": hashlib.sha256(text.windows.tobytes()).hexdigest(),
-        **{_source_key(n): _source_identity(source) for n, source in enumerate(sources)},
+        **{_source_key(n): source_identity(source) for n, source in enumerate(sources)},
     }
 
 
-def _source_identity(source: ModelSource) -> dict[str, Any]:
+def source_identity(source: ModelSource) -> dict[str, Any]:
+    """What tells a model from itself after a change: its files with sizes and dates, and its keys."""
     files = {slab.source.file for tensor in source.tensors.values() for slab in tensor.slabs}
     stats = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(files)}
     keys = [(key, str(item.value)) for key, item in source.keys.items() if np.isscalar(item.value)]
@@ -101,7 +102,7 @@ def _source_identity(source: ModelSource) -> dict[str, Any]:
 def check_unchanged(state: Kept, sources: Sequence[ModelSource]) -> None:
     """Refuse files that are others than at the start, whose figures would be of two models. Raises GgufMoeError."""
     for number, source in enumerate(sources):
-        if _source_identity(source) != state.identity[_source_key(number)]:
+        if source_identity(source) != state.identity[_source_key(number)]:
             raise GgufMoeError(f"{source.path}: changed while it was evaluated; run again when it is whole")
 
 

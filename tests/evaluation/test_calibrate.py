@@ -109,10 +109,17 @@ def test_tokens_weigh_by_the_probability_of_the_expert() -> None:
     ids, inputs = windows(2, 48), {}
     see = Collector.see
 
-    def spy(collector: Collector, names: tuple[str, ...], x: torch.Tensor, rows: object, expert: int | None) -> None:
+    def spy(
+        collector: Collector,
+        names: tuple[str, ...],
+        x: torch.Tensor,
+        rows: object,
+        expert: int | None,
+        own: bool = True,
+    ) -> None:
         if "ffn_gate_inp" in names[0]:
             inputs[names[0]] = torch.cat([*([inputs[names[0]]] if names[0] in inputs else []), x.clone()])
-        see(collector, names, x, rows, expert)
+        see(collector, names, x, rows, expert, own)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Collector, "see", spy)

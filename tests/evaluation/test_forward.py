@@ -85,12 +85,13 @@ def test_observers_see_what_each_matrix_is_multiplied_with(saved: cases.Saved) -
     seen: dict[tuple[str, int | None], torch.Tensor] = {}
 
     class Spy:
-        every_expert = False
+        shown = None
 
         def route(self, probabilities: torch.Tensor, rows: slice) -> None:
             assert len(probabilities) == len(range(len(cases.prompt()))[rows])
 
-        def see(self, names: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None) -> None:
+        def see(self, names: tuple[str, ...], x: torch.Tensor, rows: Rows, expert: int | None, own: bool) -> None:
+            assert own
             for name in names:
                 assert x.shape == (len(np.atleast_1d(ids[rows])), tested.weights.source.tensors[name].shape[-1])
                 seen[name, expert] = torch.cat([seen[name, expert], x]) if (name, expert) in seen else x.clone()

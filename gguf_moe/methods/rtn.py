@@ -1,0 +1,30 @@
+"""ggml's own codes, each weight rounded to the nearest its block can hold: llama.cpp's bytes. The default."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import gguf
+
+from gguf_moe.errors import UsageError
+from gguf_moe.methods import Event, Settings
+from gguf_moe.plan import Plan
+
+
+class Method:
+    """See `methods.Method`."""
+
+    def __init__(self, settings: Settings) -> None:
+        if settings != Settings():
+            raise UsageError("--calib and what goes with it are for --method gptq")
+
+    def keys(self) -> dict[str, gguf.GGUFValue]:
+        return {}
+
+    @contextmanager
+    def prepared(
+        self, plans: Sequence[Plan], targets: Sequence[Path], on_event: Callable[[Event], None]
+    ) -> Iterator[list[Plan]]:
+        yield list(plans)
