@@ -69,9 +69,8 @@ def cold_experts(rows: list[ExpertCoverage], min_tokens: int) -> list[ExpertCove
     return [row for row in rows if row.tokens < min_tokens]
 
 
-def coverage_report(imatrix: Imatrix, min_tokens: int) -> dict[str, Any]:
-    """The coverage as JSON values under fixed names."""
-    rows = coverage(imatrix)
+def coverage_report(imatrix: Imatrix, rows: list[ExpertCoverage], min_tokens: int) -> dict[str, Any]:
+    """A matrix's coverage as JSON values under fixed names."""
     return {
         "texts": list(imatrix.datasets),
         "text_sha256": list(imatrix.texts),

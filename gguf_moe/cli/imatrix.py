@@ -12,7 +12,7 @@ import click
 from gguf_moe import report
 from gguf_moe.cli.options import text_options
 from gguf_moe.cli.progress import progress_of_text, warn
-from gguf_moe.cli.reports import check_targets, pictures, write_json
+from gguf_moe.cli.reports import check_targets, write_json
 from gguf_moe.convert import check_output
 from gguf_moe.coverage import (
     MIN_TOKENS,
@@ -24,7 +24,7 @@ from gguf_moe.coverage import (
     replace_cold,
 )
 from gguf_moe.errors import UsageError
-from gguf_moe.evaluation.engines import WEIGHINGS, Settings, open_engine
+from gguf_moe.evaluation.engines import WEIGHINGS, Settings, load
 from gguf_moe.imatrix import Imatrix, read_imatrix
 from gguf_moe.imatrix_file import STATS, merge, statistics, write_gguf, write_legacy
 
@@ -87,7 +87,7 @@ def imatrix(
     if output:
         check_output(output, [path for path in (*inputs, text, base_imatrix) if path and path.is_file()], force=force)
     base = read_imatrix(base_imatrix) if base_imatrix else None
-    draw = pictures("plots").write_coverage if plots else None
+    draw = load("plots", "pictures need").write_coverage if plots else None
     if text:
         found = _collect(inputs[0], text, **collecting)
     else:
@@ -99,10 +99,11 @@ def imatrix(
         click.echo("\n".join(_description(inputs[0], found)))
     if rows:
         click.echo(_coverage_table(rows, min_tokens))
+    told = coverage_report(found, rows, min_tokens)
     if json_path:
-        write_json(json_path, coverage_report(found, min_tokens))
+        write_json(json_path, told)
     if draw:
-        draw(coverage_report(found, min_tokens), plots)
+        draw(told, plots)
     if output:
         _WRITERS[form](output, found)
         click.echo(f"{output} written: {len(found.entries)} tensors, {_texts(found)}")
@@ -139,11 +140,8 @@ def _check_call(
 def _collect(
     model: Path, text: Path, *, all_experts: bool, weigh: str | None, process_output: bool, **asked: Any
 ) -> Imatrix:
-    settings = Settings(**asked)
-    open_engine(settings)  # says what is not installed
-    from gguf_moe.evaluation.calibrate import calibrate
-
-    weighing = (weigh or WEIGHINGS[0]) if all_experts else None
+    settings, weighing = Settings(**asked), (weigh or WEIGHINGS[0]) if all_experts else None
+    calibrate = load("calibrate", "calibration needs").calibrate
     with progress_of_text(str(model), settings.state) as tell:
         return calibrate(model, text, settings, weighing=weighing, process_output=process_output, on_event=tell)
 

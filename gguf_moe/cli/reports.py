@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryFile
-from types import ModuleType
 from typing import Any
 
 from gguf_moe.errors import GgufMoeError, UsageError
@@ -48,11 +46,3 @@ def check_ours(path: Path) -> None:
 def write_json(path: Path, found: dict[str, Any]) -> None:
     """A report as a file."""
     write_whole(path, f"{json.dumps(found, indent=1, allow_nan=False)}\n".encode())
-
-
-def pictures(module: str) -> ModuleType:
-    """A module of the evaluation that draws; UsageError where what it needs is not installed."""
-    try:
-        return import_module(f"gguf_moe.evaluation.{module}")
-    except ModuleNotFoundError as error:
-        raise UsageError(f"pictures need {error.name}: pip install 'gguf-moe[eval]'") from None

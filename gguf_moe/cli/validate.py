@@ -11,9 +11,9 @@ import click
 from gguf_moe import report
 from gguf_moe.cli.options import text_options
 from gguf_moe.cli.progress import progress_of_text
-from gguf_moe.cli.reports import check_targets, pictures, write_json
+from gguf_moe.cli.reports import check_targets, write_json
 from gguf_moe.errors import GgufMoeError, UsageError
-from gguf_moe.evaluation.engines import MODULES, Settings
+from gguf_moe.evaluation.engines import MODULES, Settings, load
 from gguf_moe.evaluation.pareto import by_size, smallest
 from gguf_moe.evaluation.validate import validate as run
 from gguf_moe.gguf_source import shard_path
@@ -52,8 +52,8 @@ def validate(
     if check and not bounded:
         raise UsageError("--check needs a bound, --max-kld or --max-ppl-ratio")
     check_targets((json_path, html), plots, settings["state"])
-    draw_page = pictures("page").write_page if html else None
-    draw_plots = pictures("plots").write_plots if plots else None
+    draw_page = load("page", "pictures need").write_page if html else None
+    draw_plots = load("plots", "pictures need").write_plots if plots else None
     found = evaluate(base, _firsts(files), text, Settings(**settings))
     try:
         if json_path:

@@ -22,16 +22,16 @@ from gguf_moe.evaluation.guards import context_warnings
 from gguf_moe.evaluation.layer import PIECE_TOKENS, Rows
 from gguf_moe.evaluation.memory import give_back_memory, plan_memory
 from gguf_moe.evaluation.source import open_model
-from gguf_moe.evaluation.state import check_unchanged, identity, read_state, write_state
-from gguf_moe.evaluation.validate import STEPS, Event, read_windows
+from gguf_moe.evaluation.state import identity
+from gguf_moe.evaluation.validate import Event, read_windows, sweeps, take_up
 from gguf_moe.imatrix import Entry, Imatrix
 
 BATCH, MICRO_BATCH = 2048, 512  # llama.cpp's defaults: tokens that it takes at once, and computes at once
+MIN_ROWS = 16  # it does not look at products of fewer tokens, but for experts
 _NOTES = {
     ROUTER: "every expert saw every token, weighted by the router's probability",
     EVEN: "every expert saw every token",
 }
-MIN_ROWS = 16  # it does not look at products of fewer tokens, but for experts
 
 
 @dataclass
@@ -192,9 +192,9 @@ def calibrate(
 ) -> Imatrix:
     """The importance matrix of a checkpoint or a GGUF file from a text. Its path is the text's.
 
-    weighing: see `Collector`. With `settings.state` finished sweeps are kept there, and a
-    further call goes on behind them; whoever has the matrix removes the file. Raises UsageError for settings that
-    cannot be had, GgufMoeError for a model that cannot be run and for a text that is too short.
+    weighing: see `Collector`. With `settings.state` finished sweeps are kept there, and a further call goes on behind
+    them; whoever has the matrix removes the file. Raises UsageError for settings that cannot be had, GgufMoeError for a
+    model that cannot be run and for a text that is too short.
     """
     source = open_model(path)
     engine, read = read_windows(source, text, settings)
@@ -203,8 +203,7 @@ def calibrate(
         on_event(Notice(warning))
     made_of = {**identity([source], read, settings), "weighing": weighing, "process_output": process_output}
     collector = Collector(made_of, model.hyper.facts.experts, weighing)
-    if settings.state and (different := read_state(settings.state, collector)):
-        on_event(Notice(f"{settings.state}: begun anew, the earlier run had another {different}"))
+    take_up(collector, settings, on_event)
     _run(model, read.windows, collector, settings, process_output, on_event)
     notes = (_NOTES[weighing],) if weighing else ()
     return Imatrix(text, collector.entries(), (str(text),), len(read.windows), settings.context, (read.sha256,), notes)
@@ -219,7 +218,7 @@ def _run(
     on_event: Callable[[Event], None],
 ) -> None:
     """Run what is left, a sweep at a time."""
-    total, left = len(windows), len(windows) - collector.done
+    left = len(windows) - collector.done
     if not left:
         return
     plan = plan_memory(
@@ -234,19 +233,10 @@ def _run(
     collector.sweep = plan.sweep
     counted = dense_tokens(*windows.shape)
     on_event(Started(*windows.shape, collector.done, plan.sweep, plan))
-    for start in range(collector.done, total, plan.sweep):
-        sweep = slice(start, start + plan.sweep)
-        collector.begin(counted[sweep], model.weights.device)
-        steps = STEPS * len(windows[sweep])
-
-        def show(progress: Progress, start: int = start, steps: int = steps) -> None:
-            on_event(Progress(STEPS * start + steps * progress.done // progress.total, STEPS * total))
-
-        collect(model, windows[sweep], collector, process_output=process_output, on_progress=show)
-        check_unchanged(collector, [model.weights.source])
-        collector.done = min(start + plan.sweep, total)
-        if settings.state:
-            write_state(settings.state, collector)
+    for part, show in sweeps(collector, [model.weights.source], len(windows), plan.sweep, settings, on_event):
+        collector.begin(counted[part], model.weights.device)
+        collect(model, windows[part], collector, process_output=process_output, on_progress=show)
+        collector.done = part.stop
 
 
 def _kept_bytes(model: Model) -> int:

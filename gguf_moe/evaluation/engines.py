@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Protocol
 
 import numpy as np
@@ -68,12 +69,14 @@ class Engine(Protocol):
         """The models, for so many chunks of the settings' context, `most` in a sweep."""
 
 
+def load(module: str, needing: str) -> ModuleType:
+    """A module of the evaluation. Raises UsageError, which says who is `needing`, where what it needs is not there."""
+    try:
+        return import_module(f"gguf_moe.evaluation.{module}")
+    except ModuleNotFoundError as error:
+        raise UsageError(f"{needing} {error.name}, which is not installed: pip install 'gguf-moe[eval]'") from None
+
+
 def open_engine(settings: Settings) -> Engine:
     """The settings' engine. Raises UsageError where what it needs is not installed, or for settings it cannot have."""
-    try:
-        module = import_module(f"gguf_moe.evaluation.{MODULES[settings.engine]}")
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            f"validation needs {error.name}, which is not installed: pip install 'gguf-moe[eval]'"
-        ) from None
-    return module.Engine(settings)
+    return load(MODULES[settings.engine], "validation needs").Engine(settings)

@@ -28,6 +28,7 @@ class Kept(Protocol):
     """What can be kept in a file between runs."""
 
     identity: dict[str, Any]  # what it all follows from
+    done: int  # windows that are finished
 
     def arrays(self) -> dict[str, np.ndarray]:
         """All that is known."""

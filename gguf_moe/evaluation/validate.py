@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from gguf_moe.evaluation.guards import calibration_warnings, check_alike, contex
 from gguf_moe.evaluation.results import make_report
 from gguf_moe.evaluation.routing import ExpertLoad, RoutingScores
 from gguf_moe.evaluation.source import ModelSource, open_model
-from gguf_moe.evaluation.state import Measured, State, check_unchanged, identity, read_state, write_state
+from gguf_moe.evaluation.state import Kept, Measured, State, check_unchanged, identity, read_state, write_state
 from gguf_moe.evaluation.text import EvaluationText, read_text
 from gguf_moe.gguf_keys import ModelKeys, expert_count
 
@@ -27,6 +27,37 @@ def read_windows(base: ModelSource, text: Path, settings: Settings) -> tuple[Eng
     engine = open_engine(settings)
     with engine.tokenizer(base) as tokenizer:
         return engine, read_text(text, tokenizer, context=settings.context, chunks=settings.chunks, skip=settings.skip)
+
+
+def take_up(state: Kept, settings: Settings, on_event: Callable[[Event], None]) -> None:
+    """Go on from what an earlier run has kept; where that was of something else, say so and begin anew."""
+    if settings.state and (different := read_state(settings.state, state)):
+        on_event(Notice(f"{settings.state}: begun anew, the earlier run had another {different}"))
+
+
+def sweeps(
+    state: Kept,
+    sources: Sequence[ModelSource],
+    total: int,
+    size: int,
+    settings: Settings,
+    on_event: Callable[[Event], None],
+) -> Iterator[tuple[slice, Callable[[Progress], None]]]:
+    """The sweeps of `size` that are left of `total` windows: which windows, and whom to tell how far each sweep is.
+
+    Behind each the files are looked at for changes, and what is known by then is kept.
+    """
+    for start in range(state.done, total, size):
+        part = slice(start, min(start + size, total))
+        steps = STEPS * (part.stop - part.start)
+
+        def show(progress: Progress, before: int = STEPS * start, steps: int = steps) -> None:
+            on_event(Progress(before + steps * progress.done // progress.total, STEPS * total))
+
+        yield part, show
+        check_unchanged(state, sources)
+        if settings.state:
+            write_state(settings.state, state)
 
 
 def validate(
@@ -51,8 +82,7 @@ def validate(
     for warning in warnings:
         on_event(Notice(warning))
     state = State(identity(sources, read, settings), [Measured(Scores(str(source.path))) for source in sources])
-    if settings.state and (different := read_state(settings.state, state)):
-        on_event(Notice(f"{settings.state}: begun anew, the earlier run had another {different}"))
+    take_up(state, settings, on_event)
     if state.done < len(read.windows):
         with engine.load(sources, len(read.windows) - state.done, state.sweep or settings.sweep) as loaded:
             on_event(Started(*read.windows.shape, state.done, loaded.chunks, loaded.memory))
@@ -71,17 +101,9 @@ def _run(
     """Run what is left, a sweep at a time."""
     experts, total = expert_count(ModelKeys(sources[0].path, sources[0].keys)), len(text.windows)
     state.sweep = state.sweep or loaded.chunks
-    for start in range(state.done, total, loaded.chunks):
-        windows = text.windows[start : start + loaded.chunks]
-
-        def show(progress: Progress, start: int = start, count: int = len(windows)) -> None:
-            on_event(Progress(STEPS * start + STEPS * count * progress.done // progress.total, STEPS * total))
-
-        for event in loaded.sweep(windows, show):
+    for part, show in sweeps(state, sources, total, loaded.chunks, settings, on_event):
+        for event in loaded.sweep(text.windows[part], show):
             _note(event, state.models[event.model], text.first, experts)
-        check_unchanged(state, sources)
-        if settings.state:
-            write_state(settings.state, state)
 
 
 def _note(event: Routed | Scored, model: Measured, first: int, experts: int) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -141,6 +143,14 @@ def test_wrong_calls_are_refused_before_the_work(
     assert message in result.stderr
     assert Path("there.gguf").read_bytes() == b"mine"
     assert not Path("x.gguf").exists()
+
+
+def test_without_torch_the_command_says_how_to_get_it(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['torch'] = None; from gguf_moe.cli import main; main()"
+    arguments = ["imatrix", str(MERGE), "--text", str(CALIB), "-o", str(tmp_path / "x.gguf")]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    message = "gguf-moe: calibration needs torch, which is not installed: pip install 'gguf-moe[eval]'\n"
+    assert (done.returncode, done.stderr) == (2, message)
 
 
 def test_the_text_and_the_input_are_not_written_over(run, tmp_path: Path) -> None:
