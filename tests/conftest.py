@@ -28,7 +28,7 @@ NEED_TORCH = (
     "sweep",
     "validate",
 )  # of the extra gguf-moe[eval]
-collect_ignore = [] if find_spec("torch") else [f"evaluation/test_{name}.py" for name in NEED_TORCH]
+collect_ignore = [] if find_spec("torch") else ["methods", *(f"evaluation/test_{name}.py" for name in NEED_TORCH)]
 
 RunCli = Callable[..., Result]
 Make = Callable[[str, str], Path]

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # Each room and the rooms it may use; `quant` may be used by all and uses none.
 ALLOWED = {
     "cli": "card checkpoint cli convert coverage duplicates errors estimate evaluation export filling gguf_file "
-    "gguf_reader gguf_source imatrix imatrix_file manifest origin plan recipe recipe_file report request "
+    "gguf_reader gguf_source imatrix imatrix_file manifest methods origin plan recipe recipe_file report request "
     "resharding rules sharding verify",
     "__main__": "cli",
     "__init__": "",
@@ -20,6 +20,7 @@ ALLOWED = {
     "manifest": "checkpoint errors gguf_file request",
     "evaluation": "arch checkpoint errors evaluation gguf_file gguf_keys gguf_reader gguf_source imatrix mapping plan "
     "recipe report request tokenizer",
+    "methods": "checkpoint errors evaluation gguf_file gguf_source layout mapping methods plan",
     "report": "gguf_reader naming plan recipe",
     "convert": "duplicates errors filling gguf_file layout plan",
     "verify": "checkpoint checksums errors filling gguf_reader gguf_source layout mapping origin pool",
