@@ -1,4 +1,4 @@
-"""Fill planned files: every row range is read once, and encoded once for each type that any of the files wants."""
+"""Fill planned files: every row range is read once, and encoded once for each type that any of the files wants of it."""
 
 from __future__ import annotations
 
@@ -117,21 +117,24 @@ def fill(
 
 def _jobs(sinks: Sequence[Sink], twins: Mapping[Place, Place], quantizer_ordered: bool) -> tuple[list[_Job], int]:
     """What is left to do, in order; and the bytes of all the source."""
-    by_name: dict[str, list[tuple[Sink, TensorPlan]]] = defaultdict(list)
+    by_name: dict[str, dict[tuple[Slab, ...], list[tuple[Sink, TensorPlan]]]] = defaultdict(lambda: defaultdict(list))
+    mapped = {}
     for sink in sinks:
         for tensor in sink.planned.tensors:
-            by_name[tensor.info.name].append((sink, tensor))
+            by_name[tensor.info.name][tensor.mapped.slabs].append((sink, tensor))  # rows may be a file's own
+            mapped[id(sink), tensor.info.name] = tensor.mapped
     jobs, total = [], 0
     firsts = set(twins.values())
     starts: dict[tuple[int, Place | None, str], int] = {}  # by sink, place and type: a twin counts in the same type
-    for name in sorted(by_name, key=quantizer_order) if quantizer_ordered else by_name:
-        slabs = by_name[name][0][1].mapped.slabs
+    names = sorted(by_name, key=quantizer_order) if quantizer_ordered else by_name
+    for slabs, wanted in (group for name in names for group in by_name[name].items()):
+        name = wanted[0][1].info.name
         before = 0  # rows
         for number, slab in enumerate(slabs):
             total += slab.nbytes
             twin = twins.get((name, number))
             outputs = []
-            for sink, tensor in by_name[name]:
+            for sink, tensor in wanted:
                 row_bytes = tensor.row_bytes
                 start = len(sink.planned.header) + tensor.info.offset + before * row_bytes
                 if (name, number) in firsts:
@@ -140,7 +143,7 @@ def _jobs(sinks: Sequence[Sink], twins: Mapping[Place, Place], quantizer_ordered
                 if sink.done < start + slab.rows * row_bytes:
                     outputs.append(_Output(sink, tensor, start, same))
             if outputs:
-                twin_slab = by_name[twin[0]][0][1].mapped.slabs[twin[1]] if twin else None
+                twin_slab = mapped[id(wanted[0][0]), twin[0]].slabs[twin[1]] if twin else None
                 jobs.append(_Job(name, slab, twin_slab, slab is slabs[-1], tuple(outputs)))
             before += slab.rows
     return jobs, total

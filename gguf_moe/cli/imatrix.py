@@ -92,9 +92,11 @@ def imatrix(
         found = _collect(inputs[0], text, **collecting)
     else:
         found = merge([read_imatrix(path) for path in inputs]) if merging else read_imatrix(inputs[0])
-    if remedy:
-        found = replace_cold(found, min_tokens, remedy, base)
     rows = coverage(found)
+    if remedy:
+        found, before = _remedied(found, min_tokens, remedy, base, kept=output if text else None), found
+        click.echo("\n".join(found.notes[len(before.notes) :]), err=True)
+        rows = coverage(found)
     if show:
         click.echo("\n".join(_description(inputs[0], found)))
     if rows:

@@ -100,7 +100,7 @@ def method_options(command: Callable) -> Callable:
 
     @click.option(
         "--method",
-        "name",
+        "method_name",
         default=METHODS[0],
         show_default=True,
         type=click.Choice(METHODS),
@@ -114,7 +114,7 @@ def method_options(command: Callable) -> Callable:
     @click.option("--memory", type=Size(), metavar="N[K|M|G]", help="Bytes that gptq may take; most of what is free.")
     @wraps(command)
     def with_method(
-        name: str,
+        method_name: str,
         calib: Path | None,
         calib_chunks: int | None,
         calib_original: bool,
@@ -126,7 +126,7 @@ def method_options(command: Callable) -> Callable:
         asked = {"damping": damping, "device": device}
         given = {key: value for key, value in asked.items() if value is not None}
         settings = MethodSettings(calib, calib_chunks, calib_original, memory=memory, **given)
-        return command(method=find_method(name, settings), **others)
+        return command(method=find_method(method_name, settings), **others)
 
     return with_method
 
