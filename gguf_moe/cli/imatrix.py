@@ -23,7 +23,7 @@ from gguf_moe.coverage import (
     coverage_report,
     replace_cold,
 )
-from gguf_moe.errors import UsageError
+from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.evaluation.engines import WEIGHINGS, Settings, load
 from gguf_moe.imatrix import Imatrix, read_imatrix
 from gguf_moe.imatrix_file import STATS, merge, statistics, write_gguf, write_legacy
@@ -92,11 +92,9 @@ def imatrix(
         found = _collect(inputs[0], text, **collecting)
     else:
         found = merge([read_imatrix(path) for path in inputs]) if merging else read_imatrix(inputs[0])
-    rows = coverage(found)
     if remedy:
-        found, before = _remedied(found, min_tokens, remedy, base, kept=output if text else None), found
-        click.echo("\n".join(found.notes[len(before.notes) :]), err=True)
-        rows = coverage(found)
+        found = _remedied(found, min_tokens, remedy, base, output if text else None)
+    rows = coverage(found)
     if show:
         click.echo("\n".join(_description(inputs[0], found)))
     if rows:
@@ -111,7 +109,8 @@ def imatrix(
         click.echo(f"{output} written: {len(found.entries)} tensors, {_texts(found)}")
         if state := collecting["state"]:
             state.unlink(missing_ok=True)
-    warn(_cold_warnings(rows, min_tokens))
+    if not remedy:
+        warn(_cold_warnings(rows, min_tokens))
 
 
 def _check_call(
@@ -146,6 +145,24 @@ def _collect(
     calibrate = load("calibrate", "calibration needs").calibrate
     with progress_of_text(str(model), settings.state) as tell:
         return calibrate(model, text, settings, weighing=weighing, process_output=process_output, on_event=tell)
+
+
+def _remedied(found: Imatrix, min_tokens: int, remedy: str, base: Imatrix | None, collected: Path | None) -> Imatrix:
+    """The matrix with its cold experts' data replaced, of which it tells. Where that cannot be, what was `collected`
+    for a file is kept beside it."""
+    try:
+        replaced = replace_cold(found, min_tokens, remedy, base)
+    except GgufMoeError as error:
+        if collected is None:
+            raise
+        kept = collected.with_name(f"{collected.name}.collected")
+        write_gguf(kept, found)
+        raise GgufMoeError(
+            f"{error}; what was collected is in {kept}, to be taken from there with --merge and another remedy"
+        ) from None
+    for note in replaced.notes[len(found.notes) :]:
+        click.echo(note, err=True)
+    return replaced
 
 
 def _texts(found: Imatrix) -> str:

@@ -117,6 +117,27 @@ def test_a_longer_run_is_kept_and_goes_on(run, tmp_path: Path) -> None:
     assert not state.exists()
 
 
+def test_what_stands_in_is_told_and_warned_of_no_more(run, tmp_path: Path) -> None:
+    out = tmp_path / "out.gguf"
+    result = run("imatrix", MERGE, *FEW, "-o", out, "--min-tokens", 100, "--cold-experts", "mean")
+    assert (result.exit_code, "warning" in result.stderr) == (0, False)
+    notes = read_imatrix(out).notes
+    assert notes
+    assert set(notes) <= set(result.stderr.splitlines())
+
+
+def test_what_was_collected_outlives_a_remedy_that_cannot_be(run, tmp_path: Path) -> None:
+    out, plain = tmp_path / "out.gguf", tmp_path / "plain.gguf"
+    result = run("imatrix", MERGE, *FEW, "-o", out, "--min-tokens", 9999, "--cold-experts", "mean")
+    kept = tmp_path / "out.gguf.collected"
+    assert (result.exit_code, len(result.stderr.splitlines()[1:])) == (1, 1)
+    assert "has no expert with enough tokens to take the mean of; what was collected is in" in result.stderr
+    assert not out.exists()
+    assert run("imatrix", MERGE, *FEW, "-o", plain).exit_code == 0
+    assert kept.read_bytes() == plain.read_bytes()
+    assert run("imatrix", "--merge", kept, "--cold-experts", "ones", "--min-tokens", 9999, "-o", out).exit_code == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
