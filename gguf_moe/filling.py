@@ -1,4 +1,4 @@
-"""Fill planned files: every row range is read once, and encoded once for each type that any of the files wants of it."""
+"""Fill planned files: all rows are read once, and encoded once for each type that any of the files wants of them."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - as everyone calls it
 from architectures import Saved
 from checkpoints import DATA, MERGE, bundled
 from running import model, windows
@@ -18,6 +19,7 @@ from gguf_moe.errors import GgufMoeError
 from gguf_moe.evaluation.calibrate import Collector, calibrate, collect, dense_tokens
 from gguf_moe.evaluation.engines import EVEN, ROUTER, Settings
 from gguf_moe.evaluation.events import Notice, Progress, Started
+from gguf_moe.evaluation.layer import _Matrices
 from gguf_moe.imatrix import Entry, Imatrix, read_imatrix
 
 CALIB = DATA / "text" / "calib.txt"
@@ -49,18 +51,42 @@ def test_it_is_what_llama_cpps_tool_gives_in_float32(whole: Imatrix) -> None:
         assert (np.abs(have.sums - want.sums) < 1e-4 * scale).all(), name
 
 
-def test_it_is_near_to_llama_cpps_run_with_rounded_activations(whole: Imatrix) -> None:
-    """The reference that came with the merge: llama-imatrix on the BF16 file, where llama.cpp rounds what matrices are
-    multiplied with to BF16, keys and values to F16. A few tokens so go to other experts, of which a column that few
-    tokens fill shows most."""
+def compare(have: Imatrix, within_tokens: int) -> np.ndarray:
+    """Compare with the reference that came with the merge, llama-imatrix's of the BF16 file: which share of the values
+    is off by more than 1 %, by matrix."""
     reference = read_imatrix(GOLDEN / "tidepool.imatrix.gguf")
-    assert list(whole.entries) == [*reference.entries, "output.weight"]
+    off = []
     for name, want in reference.entries.items():
-        have = whole.entries[name]
-        assert np.abs(have.counts - want.counts).max() <= (10 if "exps" in name else 0), name
-        assert np.quantile(relative(have, want), 0.98) < 0.01, name
+        entry = have.entries[name]
+        assert np.abs(entry.counts - want.counts).max() <= (within_tokens if "exps" in name else 0), name
+        difference = relative(entry, want)
         if "exps" not in name:
-            assert relative(have, want).max() < 0.005, name
+            assert difference.max() < 0.005, name
+        off.append((difference > 0.01).mean())
+    return np.array(off)
+
+
+def test_it_is_near_to_llama_cpps_run_with_rounded_activations(whole: Imatrix) -> None:
+    """There llama.cpp rounds what matrices are multiplied with to BF16, keys and values to F16. A few tokens so go to
+    other experts, of which a column that few tokens fill shows most."""
+    assert compare(whole, within_tokens=10).max() < 0.02
+
+
+def test_with_the_same_rounding_the_order_of_additions_is_left(merges, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It decides where a number at the edge is rounded to, and so which experts get a token or two: sums of ours in
+    several orders are as far from each other."""
+
+    def product(matrices: _Matrices, kind: str, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.bfloat16().float(), matrices.matrices[kind])
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: bool) -> torch.Tensor:
+        return attention(q, k.half().float(), v.half().float(), **options)
+
+    attention = F.scaled_dot_product_attention
+    monkeypatch.setattr(_Matrices, "product", product)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
+    off = compare(calibrate(merges["spm"], CALIB, Settings()), within_tokens=4)
+    assert (off.max() < 0.01, (off > 0).sum() <= 3) == (True, True)
 
 
 @pytest.mark.parametrize(
