@@ -7,7 +7,9 @@ several ways to find scales.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from gguf_moe.methods.moments import Factor
 
 GROUP = 256  # columns whose errors reach all later ones together
 STEP = 32  # ... whose errors reach the rest of their group together; the shortest block
+PART_ROWS = 2048  # fewer are not worth a thread: what is done for a column costs more to begin than to do
 
 Encoded = tuple[np.ndarray, np.ndarray]  # blocks, uint8 [rows, row bytes]; float64 [rows], their share of tr(D H Dᵀ)
 
@@ -31,19 +34,52 @@ def feed_back(
     e U[j, k]. The squares of e add up to the loss, damping included.
     """
     columns = weights.shape[1]
-    copies = [weights.clone() for _ in importances]
-    parts: list[list[np.ndarray]] = [[] for _ in importances]
-    losses = [np.zeros(len(weights)) for _ in importances]
-    for start in range(0, columns, GROUP):
-        stop = min(start + GROUP, columns)
-        u = factor.inverse_rows(start, stop).to(weights.dtype)
-        for number, (w, importance) in enumerate(zip(copies, importances)):
-            of_group = None if importance is None else importance[start:stop]
-            data, errors = _group(w[:, start:stop].T.contiguous(), u[:, : stop - start], kind, of_group)
-            w[:, stop:] -= errors.T @ u[:, stop - start :]
-            losses[number] += errors.square().sum(0, dtype=torch.float64).cpu().numpy()
-            parts[number].append(data)
-    return [(np.concatenate(data, axis=1), loss) for data, loss in zip(parts, losses)]
+    count = min(torch.get_num_threads(), len(weights) // PART_ROWS) if weights.device.type == "cpu" else 1
+    parts = [_Part(part, kind, importances) for part in weights.chunk(max(1, count))]
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for start in range(0, columns, GROUP):
+            stop = min(start + GROUP, columns)
+            u = factor.inverse_rows(start, stop).to(weights.dtype)
+            with _one_thread_each():
+                for _ in pool.map(lambda part: part.encode(start, stop, u), parts):
+                    pass
+    done = [part.encoded() for part in parts]
+    return [tuple(map(np.concatenate, zip(*(of_part[i] for of_part in done)))) for i in range(len(importances))]
+
+
+@contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """torch without threads of its own: to hand on a column takes them longer than to do it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Part:
+    """Some rows, once for each importance, one below the other."""
+
+    def __init__(self, weights: torch.Tensor, kind: str, importances: Sequence[np.ndarray | None]) -> None:
+        self.w = weights.repeat(len(importances), 1)  # [importances x rows, columns]
+        self.kind, self.importances = kind, importances
+        self.blocks: list[np.ndarray] = []
+        self.losses = np.zeros(len(self.w))
+
+    @torch.inference_mode()
+    def encode(self, start: int, stop: int, u: torch.Tensor) -> None:
+        """Encode a group of columns and take its errors from the later ones."""
+        of_group = [None if each is None else each[start:stop] for each in self.importances]
+        data, errors = _group(self.w[:, start:stop].T.contiguous(), u[:, : stop - start], self.kind, of_group)
+        self.w[:, stop:].addmm_(errors.T, u[:, stop - start :], alpha=-1)
+        self.losses += torch.linalg.vector_norm(errors, dim=0, dtype=torch.float64).square().cpu().numpy()
+        self.blocks.append(data)
+
+    def encoded(self) -> list[Encoded]:
+        """What came of each importance."""
+        count = len(self.importances)
+        return list(zip(np.split(np.concatenate(self.blocks, axis=1), count), np.split(self.losses, count)))
 
 
 def plain(weights: torch.Tensor, factor: Factor, kind: str, importance: np.ndarray | None) -> Encoded:
@@ -64,9 +100,9 @@ def best_rows(candidates: Sequence[Encoded], kind: str) -> tuple[np.ndarray, np.
 
 
 def _group(
-    w: torch.Tensor, u: torch.Tensor, kind: str, importance: np.ndarray | None
+    w: torch.Tensor, u: torch.Tensor, kind: str, importances: Sequence[np.ndarray | None]
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """A group of columns, w [columns, rows], by u [columns, columns]: its blocks, and the errors [columns, rows]."""
+    """A group of columns, w [columns, importances x rows], by u [columns, columns]: its blocks, and the errors like w."""
     length, columns = quant.FORMATS[kind].block_length, len(w)
     levels = torch.from_numpy(quant.levels(kind)).to(w.device)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
@@ -74,16 +110,22 @@ def _group(
     for start in range(0, columns, STEP):
         if start % length == 0:
             now = slice(start, start + length)
-            weight = None if importance is None else np.ascontiguousarray(importance[now])
-            blocks.append(quant.quantize(w[now].T.contiguous().cpu().numpy(), kind, weight))
+            blocks.append(_encode(w[now], kind, [None if each is None else each[now] for each in importances]))
             step, offset = (torch.from_numpy(a).to(w.device).T.contiguous() for a in quant.grid(blocks[-1], kind))
         stop = start + STEP
         for j in range(start, stop):
             codes[j], values = _nearest(w[j], step[j - now.start], offset[j - now.start], levels)
             errors[j] = (w[j] - values) / u[j, j]
-            w[j + 1 : stop] -= u[j, j + 1 : stop, None] * errors[j]
-        w[stop:] -= u[start:stop, stop:].T @ errors[start:stop]
+            w[j + 1 : stop].addr_(u[j, j + 1 : stop], errors[j], alpha=-1)
+        w[stop:].addmm_(u[start:stop, stop:].T, errors[start:stop], alpha=-1)
     return quant.with_codes(np.concatenate(blocks, axis=1), kind, codes.T.contiguous().cpu().numpy()), errors
+
+
+def _encode(w: torch.Tensor, kind: str, importances: Sequence[np.ndarray | None]) -> np.ndarray:
+    """A block of each row of w [columns, importances x rows] by the normal encoder: uint8 [importances x rows, bytes]."""
+    rows = w.T.contiguous().cpu().numpy()
+    parts = np.split(rows, len(importances))
+    return np.concatenate([quant.quantize(part, kind, importance) for part, importance in zip(parts, importances)])
 
 
 def _nearest(
@@ -91,5 +133,8 @@ def _nearest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The codes whose values are nearest to w, and those values: [rows] each. A step of 0 has code 0."""
     wanted = torch.where(step == 0, levels[0], (w - offset) / step)
+    if levels[-1] == len(levels) - 1:  # each is its code
+        codes = wanted.round_().clamp_(0, len(levels) - 1)
+        return codes.to(torch.uint8), offset + step * codes
     codes = torch.bucketize(wanted, (levels[1:] + levels[:-1]) / 2)
     return codes.to(torch.uint8), offset + step * levels[codes]
