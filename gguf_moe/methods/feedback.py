@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -41,8 +42,7 @@ def feed_back(
             stop = min(start + GROUP, columns)
             u = factor.inverse_rows(start, stop).to(weights.dtype)
             with _one_thread_each():
-                for _ in pool.map(lambda part: part.encode(start, stop, u), parts):
-                    pass
+                list(pool.map(partial(_Part.encode, start=start, stop=stop, u=u), parts))
     done = [part.encoded() for part in parts]
     return [tuple(map(np.concatenate, zip(*(of_part[i] for of_part in done)))) for i in range(len(importances))]
 
@@ -102,7 +102,7 @@ def best_rows(candidates: Sequence[Encoded], kind: str) -> tuple[np.ndarray, np.
 def _group(
     w: torch.Tensor, u: torch.Tensor, kind: str, importances: Sequence[np.ndarray | None]
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """A group of columns, w [columns, importances x rows], by u [columns, columns]: its blocks, and the errors like w."""
+    """A group of columns, w [columns, importances x rows], by u [columns, columns]: blocks, and errors of w's shape."""
     length, columns = quant.FORMATS[kind].block_length, len(w)
     levels = torch.from_numpy(quant.levels(kind)).to(w.device)
     codes = torch.empty(w.shape, dtype=torch.uint8, device=w.device)
@@ -122,7 +122,7 @@ def _group(
 
 
 def _encode(w: torch.Tensor, kind: str, importances: Sequence[np.ndarray | None]) -> np.ndarray:
-    """A block of each row of w [columns, importances x rows] by the normal encoder: uint8 [importances x rows, bytes]."""
+    """A block of each row of w [columns, importances x rows] by the normal encoder: uint8 [rows of w, bytes]."""
     rows = w.T.contiguous().cpu().numpy()
     parts = np.split(rows, len(importances))
     return np.concatenate([quant.quantize(part, kind, importance) for part, importance in zip(parts, importances)])
