@@ -108,8 +108,10 @@ class Moments:
             square = Square(0, torch.float64, square.values.device)
             square.values = self.square.values.double()
         diagonal = self.square.values.diagonal().clone()
-        mean = float(diagonal.double().mean()) or 1.0
-        while not _factor(square, diagonal + damping * mean):
+        if not diagonal.any():
+            diagonal += 1
+        exact = diagonal.double()  # float32 would round a small damping off
+        while not _factor(square, exact + damping * exact.mean()):
             if damping > MOST:
                 raise AssertionError("moments of finite inputs are positive definite when damped so much")
             damping *= GROWTH
