@@ -41,7 +41,7 @@ def feed_back(
             of_group = None if importance is None else importance[start:stop]
             data, errors = _group(w[:, start:stop].T.contiguous(), u[:, : stop - start], kind, of_group)
             w[:, stop:] -= errors.T @ u[:, stop - start :]
-            losses[number] += errors.square().sum(0, dtype=torch.float64).cpu().numpy()
+            losses[number] += torch.linalg.vector_norm(errors, dim=0, dtype=torch.float64).square().cpu().numpy()
             parts[number].append(data)
     return [(np.concatenate(data, axis=1), loss) for data, loss in zip(parts, losses)]
 
@@ -58,7 +58,7 @@ def best_rows(candidates: Sequence[Encoded], kind: str) -> tuple[np.ndarray, np.
     losses = np.stack([loss for _, loss in candidates])
     for loss, (data, _) in zip(losses, candidates):
         if quant.first_nonfinite_scale(data, kind) is not None:
-            loss[:] = np.inf
+            loss[[quant.first_nonfinite_scale(row, kind) is not None for row in data]] = np.inf
     chosen = np.where(np.isnan(losses), np.inf, losses).argmin(0)
     return np.stack([data for data, _ in candidates])[chosen, np.arange(len(chosen))], chosen
 

@@ -211,7 +211,7 @@ def test_growing_begins_from_the_moments_as_they_were(make: Make) -> None:
 
 def test_moments_that_are_not_finite_are_refused(make: Make) -> None:
     held, _ = filled(make, np.full((2, 70), np.nan, np.float32))
-    with pytest.raises(AssertionError, match="^moments of finite inputs are positive definite when damped so much$"):
+    with pytest.raises(AssertionError, match=r"^moments of finite inputs are positive definite when damped so much$"):
         held.factor(0.01)
 
 
