@@ -29,6 +29,7 @@ CASES = [*((kind, 512) for kind in KQUANTS), *((kind, 96) for kind in SHORT), *(
 IMPORTANCES = ("none", "alone", "given later")
 CODE_FIELDS = ("qs", "qh", "ql", "hmask")
 TIE = 1e-4  # of a step: what float32 may be off by
+DIGITS, NEIGHBOURS = 1e-6, 400  # of the largest weight, likewise; and how many such are tried
 
 
 @pytest.fixture(params=sorted({"numpy", quant.BACKENDS[-1]}))
@@ -96,22 +97,34 @@ class Textbook:
         for start in range(0, w.shape[1], form.block_length):
             stop = start + form.block_length
             now = np.ascontiguousarray(w[:, start:stop], np.float32)
-            block = ggml.quantize(now, self.kind, None if importance is None else importance[start:stop].copy())
+            weight = None if importance is None else importance[start:stop].copy()
             theirs = np.ascontiguousarray(data.view(form.dtype)[:, start // form.block_length]).view(np.uint8)
-            self._take_scales(block, theirs.reshape(block.shape))
+            block = self._with_scales(now, weight, theirs.reshape(len(now), -1))
             values = self._values(block)
             for j in range(start, stop):
                 e = (w[:, j] - self._take(decoded[:, j], w[:, j], values[:, :, j - start])) / u[j, j]
                 w[:, j + 1 :] -= np.outer(e, u[j, j + 1 :])
                 self.loss += e**2
 
-    def _take_scales(self, block: np.ndarray, theirs: np.ndarray) -> None:
-        dtype, other = quant.FORMATS[self.kind].dtype, np.zeros(len(block), bool)
-        for name in set(dtype.names) - set(CODE_FIELDS):
-            a, b = (np.ascontiguousarray(part.view(dtype)[name]).view(np.uint8) for part in (block, theirs))
-            other |= (a.reshape(len(block), -1) != b.reshape(len(block), -1)).any(1)
-        self.other_scales.append(int(other.sum()))
+    def _with_scales(self, w: np.ndarray, importance: np.ndarray | None, theirs: np.ndarray) -> np.ndarray:
+        """ggml's blocks of weights, or the other's where ggml has those scales for almost the same weights."""
+        ggml = oracle.load("libggml-python")
+        block = ggml.quantize(w, self.kind, importance)
+        other = np.flatnonzero((self._scales(block) != self._scales(theirs)).any(1))
+        for row in other:
+            noise = np.random.default_rng(row).normal(size=(NEIGHBOURS, w.shape[1])) * np.abs(w[row]).max()
+            noise *= np.linspace(0, DIGITS, NEIGHBOURS)[:, None]
+            near = ggml.quantize((w[row] + noise).astype(np.float32), self.kind, importance)
+            assert (self._scales(near) == self._scales(theirs[row : row + 1])).all(1).any()
+        self.other_scales.append(len(other))
         block[other] = theirs[other]
+        return block
+
+    def _scales(self, block: np.ndarray) -> np.ndarray:
+        """All of blocks but their codes: uint8 [rows, bytes]."""
+        dtype = quant.FORMATS[self.kind].dtype
+        fields = [np.ascontiguousarray(block.view(dtype)[n]) for n in dtype.names if n not in CODE_FIELDS]
+        return np.concatenate([part.view(np.uint8).reshape(len(block), -1) for part in fields], axis=1)
 
     def _values(self, block: np.ndarray) -> np.ndarray:
         """What each code would stand for, [codes, rows, block length]."""
@@ -131,8 +144,8 @@ class Textbook:
 @pytest.mark.parametrize(("kind", "columns"), CASES)
 def test_blocks_are_the_textbooks(kind: str, columns: int, importance: str) -> None:
     """Every code is the nearest to what the textbook has by then, every block's scales are ggml's for it. float32 may
-    change a code in a tie, and of later blocks scales that a search finds: in one block of a hundred, or of ten where
-    a block has 8 or 16 of them."""
+    change a code in a tie; and of later blocks scales that a search finds, which in Q5_K the last digit of weights
+    often does: one block in eight has others."""
     weights = real_weights(24, columns)
     factor, h = made(inputs(columns))
     chosen = dict(zip(IMPORTANCES, (None, *factor.importances())))[importance]
@@ -142,7 +155,7 @@ def test_blocks_are_the_textbooks(kind: str, columns: int, importance: str) -> N
     book.follow(weights, h, chosen, data)
     blocks = weights.size // quant.FORMATS[kind].block_length
     assert book.other_scales[0] == 0
-    assert sum(book.other_scales) <= blocks * (0.1 if kind in KQUANTS else 0.01)
+    assert sum(book.other_scales) <= blocks * (0.25 if kind in KQUANTS else 0.02)
     assert book.other_codes <= 0.0005 * weights.size
     assert np.allclose(loss, book.loss, rtol=3e-4, atol=0)
     assert np.allclose(loss, true_loss(data, kind, weights, h), rtol=3e-4, atol=0)
@@ -170,21 +183,23 @@ def test_importances_together_give_what_each_gives_alone(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", quant.CODED)
 def test_rows_are_independent(kind: str) -> None:
-    """Some of the rows alone have the blocks they have among all, but for a tie: products of matrices of another size
-    may be rounded otherwise."""
+    """What other rows hold, NaN even, changes no bit of a row. Fewer rows, or one, give what the textbook gives: not
+    always the same bits, since products of matrices of another size may be rounded otherwise."""
     weights = real_weights(40, 512)
     factor, h = made(inputs(512))
     [(data, loss)] = fed_back(weights, factor, kind, None)
-    for rows in (slice(5, 22), slice(None, None, 3)):
-        [(of_rows, loss_of_rows)] = fed_back(weights[rows].copy(), factor, kind, None)
-        same = (of_rows == data[rows]).all(1)
-        assert same.mean() >= 0.9
-        assert np.allclose(loss_of_rows[same], loss[rows][same], rtol=1e-6, atol=0)
-    [(of_one, loss_of_one)] = fed_back(weights[7:8].copy(), factor, kind, None)
-    book = Textbook(kind)
-    book.follow(weights[7:8], h, None, of_one)
-    assert np.allclose(loss_of_one, book.loss, rtol=3e-4, atol=0)
-    assert np.allclose(loss_of_one, loss[7], rtol=0.1, atol=0)
+    changed = weights * np.float32(-300)
+    changed[30] = np.nan
+    kept = [0, 5, 6, 21, 39]
+    changed[kept] = weights[kept]
+    [(among_others, loss_among_others)] = fed_back(changed, factor, kind, None)
+    assert np.array_equal(among_others[kept], data[kept])
+    assert np.array_equal(loss_among_others[kept], loss[kept])
+    for rows in ([7], kept):
+        [(alone, loss_alone)] = fed_back(weights[rows], factor, kind, None)
+        book = Textbook(kind)
+        book.follow(weights[rows], h, None, alone)
+        assert np.allclose(loss_alone, book.loss, rtol=3e-4, atol=0)
 
 
 @pytest.mark.parametrize("kind", quant.CODED)
