@@ -36,7 +36,7 @@ def feed_back(
     losses = [np.zeros(len(weights)) for _ in importances]
     for start in range(0, columns, GROUP):
         stop = min(start + GROUP, columns)
-        u = factor.inverse_rows(start, stop).to(weights.dtype)
+        u = factor.inverse_rows(start, stop).to(weights)
         for number, (w, importance) in enumerate(zip(copies, importances)):
             of_group = None if importance is None else importance[start:stop]
             data, errors = _group(w[:, start:stop].T.contiguous(), u[:, : stop - start], kind, of_group)

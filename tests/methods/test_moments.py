@@ -187,7 +187,7 @@ def test_too_little_damping_grows_tenfold_as_far_as_needed(make: Make, name: str
 
 
 def test_small_damping_is_not_lost_beside_the_moments(make: Make) -> None:
-    """A millionth of a millionth of float64 moments, where float32 would round it off."""
+    """What is added to float64 moments is not rounded to float32, which has no digits for it."""
     held, h = filled(make, correlated(600, 150))
     factor = held.factor(1e-9)
     check(factor, h)
@@ -197,16 +197,42 @@ def test_small_damping_is_not_lost_beside_the_moments(make: Make) -> None:
 def test_growing_begins_from_the_moments_as_they_were(make: Make) -> None:
     """Not positive definite before a damping of 0.5, as only the first columns tell, which are factored last."""
     held, h = filled(make, correlated(600, 150))
-    h /= np.diag(h).mean()
     h[:2] = h[:, :2] = 0
-    h[:2, :2] = [[1, 1.5], [1.5, 1]]
-    h[np.diag_indices(150)] *= 150 / np.trace(h)
-    h[0, 1] = h[1, 0] = h[0, 0] + 0.5
+    h[0, 0] = h[1, 1] = np.diag(h)[2:].mean()
+    h[0, 1] = h[1, 0] = 1.5 * h[0, 0]
     h = h.astype(np.float32).astype(np.float64)
     held.square.values.copy_(torch.from_numpy(h))
     factor = held.factor(0.01)
     assert factor.damping == 1.0
     check(factor, h)
+
+
+@pytest.mark.parametrize(("lowest", "damping"), [(-0.5, 1.0), (-50, 100.0), (-5e5, None)])
+def test_damping_grows_to_a_limit(make: Make, lowest: float, damping: float | None) -> None:
+    held = make(70)
+    h = np.eye(70)
+    h[0, 69] = h[69, 0] = 1 - lowest
+    held.square.values.copy_(torch.from_numpy(h))
+    if damping is None:
+        with pytest.raises(AssertionError, match=r"^moments of finite inputs are positive definite when damped so "):
+            held.factor(0.01)
+    else:
+        factor = held.factor(0.01)
+        assert factor.damping == pytest.approx(damping)
+        check(factor, h)
+
+
+def test_a_factor_is_float64_in_memory_and_else_takes_the_place_of_its_moments(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(moments, "PRECISE", 70)
+    for columns, path, precise in [(70, None, True), (71, None, False), (70, tmp_path / "moments", False)]:
+        held = Moments(columns, CPU, path)
+        held.add(torch.from_numpy(correlated(9, columns)))
+        factor = held.factor(0.01)
+        assert (factor.square.values.dtype == torch.float64) == precise
+        assert (factor.square is held.square) != precise
+        assert (factor.square.file is None) == (path is None)
 
 
 def test_moments_that_are_not_finite_are_refused(make: Make) -> None:
