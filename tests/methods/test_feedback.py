@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import quant
+from gguf_moe.methods import moments
 from gguf_moe.methods.feedback import _nearest, best_rows, feed_back, plain
 from gguf_moe.methods.moments import Factor, Moments
 
@@ -159,6 +160,16 @@ def test_blocks_are_the_textbooks(kind: str, columns: int, importance: str) -> N
     assert book.other_codes <= 0.0005 * weights.size
     assert np.allclose(loss, book.loss, rtol=3e-4, atol=0)
     assert np.allclose(loss, true_loss(data, kind, weights, h), rtol=3e-4, atol=0)
+
+
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("precise", [moments.PRECISE, 0])
+def test_losses_are_true_of_singular_moments(monkeypatch: pytest.MonkeyPatch, precise: int, tokens: int) -> None:
+    monkeypatch.setattr(moments, "PRECISE", precise)
+    factor, h = made(inputs(512)[:tokens])
+    for kind in quant.CODED:
+        [(data, loss)] = fed_back(real_weights(12, 512), factor, kind, None)
+        assert np.allclose(loss, true_loss(data, kind, real_weights(12, 512), h), rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K"])
