@@ -103,8 +103,9 @@ def grid(data: np.ndarray, fmt: str) -> tuple[np.ndarray, np.ndarray]:
     """
     of = levels(fmt)
     low, high = (dequantize(with_codes(data, fmt, q), fmt) for q in (0, len(of) - 1))
-    step = (high - low) / (of[-1] - of[0])
-    return step, low - step * of[0]
+    with np.errstate(all="ignore"):  # a scale that is not finite gives a step that is none
+        step = (high - low) / (of[-1] - of[0])
+        return step, low - step * of[0]
 
 
 def with_codes(data: np.ndarray, fmt: str, q: np.ndarray | int) -> np.ndarray:

@@ -40,7 +40,7 @@ def feed_back(
     with ThreadPoolExecutor(len(parts)) as pool:
         for start in range(0, columns, GROUP):
             stop = min(start + GROUP, columns)
-            u = factor.inverse_rows(start, stop).to(weights.dtype)
+            u = factor.inverse_rows(start, stop).to(weights)
             with _one_thread_each():
                 list(pool.map(partial(_Part.encode, start=start, stop=stop, u=u), parts))
     done = [part.encoded() for part in parts]
@@ -94,7 +94,7 @@ def best_rows(candidates: Sequence[Encoded], kind: str) -> tuple[np.ndarray, np.
     losses = np.stack([loss for _, loss in candidates])
     for loss, (data, _) in zip(losses, candidates):
         if quant.first_nonfinite_scale(data, kind) is not None:
-            loss[:] = np.inf
+            loss[[quant.first_nonfinite_scale(row, kind) is not None for row in data]] = np.inf
     chosen = np.where(np.isnan(losses), np.inf, losses).argmin(0)
     return np.stack([data for data, _ in candidates])[chosen, np.arange(len(chosen))], chosen
 

@@ -20,7 +20,7 @@ GROWTH, MOST = 10.0, 1e3  # of the damping, where moments are not positive defin
 
 
 class Square:
-    """A matrix [columns, columns], in memory or, with `path`, in a file that is mapped."""
+    """A matrix [columns, columns], in the device's memory or, with `path`, in a file that is mapped into the host's."""
 
     def __init__(self, columns: int, dtype: torch.dtype, device: torch.device, path: Path | None = None) -> None:
         self.file: np.memmap | None = None
@@ -77,7 +77,7 @@ class Factor:
         m, total = self.square.values, np.zeros(len(difference))
         for panel in self.square.panels():
             block = m[: panel.stop, panel].triu(-panel.start)  # [columns so far, panel]
-            product = difference[:, : panel.stop].to(m.dtype) @ block
+            product = difference[:, : panel.stop].to(m) @ block
             total += product.square().sum(1, dtype=torch.float64).cpu().numpy()
         return total
 
@@ -96,7 +96,7 @@ class Moments:
 
     def add(self, x: torch.Tensor, weight: float = 1.0) -> None:
         """Take tokens [tokens, columns], which count as `weight` each."""
-        x = x.float()
+        x = x.to(self.square.values)
         for panel in self.square.panels():
             self.square.values[panel].addmm_(x[:, panel].T, x, alpha=weight)
 
@@ -108,8 +108,10 @@ class Moments:
             square = Square(0, torch.float64, square.values.device)
             square.values = self.square.values.double()
         diagonal = self.square.values.diagonal().clone()
-        mean = float(diagonal.double().mean()) or 1.0
-        while not _factor(square, diagonal + damping * mean):
+        if not diagonal.any():
+            diagonal += 1
+        exact = diagonal.double()  # float32 would round a small damping off
+        while not _factor(square, exact + damping * exact.mean()):
             if damping > MOST:
                 raise AssertionError("moments of finite inputs are positive definite when damped so much")
             damping *= GROWTH
