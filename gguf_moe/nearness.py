@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,20 +13,24 @@ from gguf_moe.encoding import encode
 from gguf_moe.gguf_reader import TENSOR_TYPES
 from gguf_moe.mapping import Slab
 
-LEAST, MOST = 1 / 3, 3.0  # of the model's row that a row has to hold; a row of another place holds none
+LEAST, MOST = 1 / 3, 3.0  # of the model's row that a row has to hold
 ROUNDING = 1e-6  # of a row's length: sums in float32, where the plain encoder is exact
 COMPARED = 1 << 17  # weights by which experts are told apart
-HALF_WAY, DEVIATIONS = 0.5, 8.0  # to another expert: how far is too far, and how sure of it
+HALF_WAY, DEVIATIONS = 0.5, 8.0  # to another's weights: how far is too far, and how sure of it
+SUSPECT = 2.0  # times the plain encoder's distance, from which on a row is compared with the others
+BAND = 128  # suspects that are compared at once
+PARALLEL = 1e-8  # of its square: what is left of another's weights that are no others
 
 
 @dataclass(frozen=True)
 class FarRow:
     """A row that is not near the model's. distance, usual: of it and of the plain encoder's row from the model's, by
-    its length."""
+    its length. other: the model's row that it is instead, if seen."""
 
     row: int
     distance: float
     usual: float
+    other: int | None
 
 
 def reach(damping: float) -> float:
@@ -41,7 +45,7 @@ def reach(damping: float) -> float:
 
 def far_row(data: np.ndarray, slab: Slab, start: int, stop: int, kind: str, reach: float) -> FarRow | None:
     """The first of rows [start, stop) of a slab, counted from `start`, that a file's bytes in the type `kind` are not
-    near: farther than the plain encoder's and beyond its reach, or without a fair share of it.
+    near: farther than the plain encoder's and beyond its reach, or without a fair share of it, or another of the rows.
 
     Raises GgufMoeError for rows of the model that cannot be read.
     """
@@ -53,42 +57,59 @@ def far_row(data: np.ndarray, slab: Slab, start: int, stop: int, kind: str, reac
         share = _dots(found, own)
         fair = (share > LEAST * length**2) & (share < MOST * length**2)
         near = (distance <= usual) | (fair & (distance <= reach * usual + ROUNDING * length))
+        suspects = np.flatnonzero(distance > SUSPECT * usual)
+        others = _other_rows(found, own, suspects)
+    near[suspects] &= others < 0
     if near.all():
         return None
     row = int(np.argmin(near))
-    return FarRow(row, *(float(x[row] / (length[row] or 1)) for x in (distance, usual)))
+    other = next((int(o) for s, o in zip(suspects, others) if s == row and o >= 0), None)
+    return FarRow(row, *(float(x[row] / (length[row] or 1)) for x in (distance, usual)), other)
+
+
+def _other_rows(found: np.ndarray, own: np.ndarray, suspects: np.ndarray) -> np.ndarray:
+    """For each of the rows `suspects` of `found` the row of `own` that it stands for instead, or -1."""
+    others = np.full(len(suspects), -1)
+    for start in range(0, len(suspects), BAND):
+        rows = suspects[start : start + BAND]
+        # A row has few columns: what tells it from others has to be as large as what tells it from its codes.
+        parts = _parts(found[rows], own[rows], own, least=0.5)
+        others[start : start + BAND] = np.where(parts.any(1), parts.argmax(1), -1)
+    return others
 
 
 def nearer_expert(data: np.ndarray, slabs: Sequence[Slab], number: int, kind: str) -> int | None:
-    """The expert that a file's bytes, the first rows of expert `number` in the type `kind`, are nearer to than to their
-    own; None if there is none, or no telling.
+    """The expert whose weights a file's bytes, the first rows of expert `number` in the type `kind`, stand for instead
+    of their own; None if there is none, or no telling.
 
-    Raises GgufMoeError for rows of the model that cannot be read.
+    Experts of a merge may differ by less than codes of few bits lose. But that loss, over many rows, does not point to
+    another expert. Raises GgufMoeError for rows of the model that cannot be read.
     """
-    rows = min(slabs[number].rows, max(1, COMPARED // slabs[number].source.columns))
-    found = quant.dequantize(data.reshape(-1, TENSOR_TYPES[kind].row_bytes(slabs[number].source.columns))[:rows], kind)
-    return nearer_other(found, _weights(slabs[number], 0, rows), (_weights(slab, 0, rows) for slab in slabs))
+    columns = slabs[number].source.columns
+    rows = min(data.size // TENSOR_TYPES[kind].row_bytes(columns), max(1, COMPARED // columns))
+    found = quant.dequantize(data.reshape(-1, TENSOR_TYPES[kind].row_bytes(columns))[:rows], kind).reshape(1, -1)
+    own = _weights(slabs[number], 0, rows).reshape(1, -1)
+    with np.errstate(all="ignore"):
+        parts = [float(_parts(found, own, _weights(slab, 0, rows).reshape(1, -1))[0, 0]) for slab in slabs]
+    return int(np.argmax(parts)) if any(parts) else None
 
 
-def nearer_other(found: np.ndarray, own: np.ndarray, others: Iterable[np.ndarray]) -> int | None:
-    """The number of the other matrix that `found` has gone over to from its `own`; None if it has not.
+def _parts(found: np.ndarray, own: np.ndarray, others: np.ndarray, least: float = 0.0) -> np.ndarray:
+    """How far each row of `found` has gone from its own weights to others: near 1 if it stands for those, and 0 where
+    it is not past the middle for sure, or where the way there is no longer than `least` of its whole error, squared.
 
-    The experts of a merge may differ by less than what codes of few bits lose. But that loss does not point to another
-    expert: its part along the way there is near 0, and near 1 if the codes are the other's. Neither counts what is
-    along `own`, which coarse codes shorten. All are float32 of one shape.
+    found, own: float32 [rows, columns]; others: float32 [others, columns]. Returns float64 [rows, others]. Neither way
+    nor error counts what is along `own`, which coarse codes shorten.
     """
-    size = float(_dot(own, own)) or 1.0
-    rest = found - np.float32(_dot(found, own) / size) * own
-    most, nearest = HALF_WAY, None
-    for number, other in enumerate(others):
-        way = other - np.float32(_dot(other, own) / size) * own
-        length = _dot(way, way)
-        if not length:
-            continue
-        part, noise = _dot(rest, way) / length, math.sqrt(_dot(rest, rest) / length / own.size)
-        if part > most and part > DEVIATIONS * noise:
-            most, nearest = part, number
-    return nearest
+    found, own, others = (x.astype(np.float64) for x in (found, own, others))
+    size = _dots(own, own)[:, None]
+    share = _dots(found, own)[:, None] / size
+    error = _dots(found, found)[:, None] - share**2 * size
+    along, whole = own @ others.T, _dots(others, others)
+    way = whole - along**2 / size
+    gone = found @ others.T - share * along
+    sure = (gone > HALF_WAY * way) & (gone**2 > DEVIATIONS**2 * error * way / own.shape[1])
+    return np.where(sure & (way > PARALLEL * whole) & (way > least * error), gone / way, 0)
 
 
 def _weights(slab: Slab, start: int, stop: int) -> np.ndarray:
@@ -99,7 +120,3 @@ def _weights(slab: Slab, start: int, stop: int) -> np.ndarray:
 def _dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Of each row, float64 [rows]."""
     return np.einsum("ij,ij->i", a, b, dtype=np.float64)
-
-
-def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    return float(_dots(a, b).sum())

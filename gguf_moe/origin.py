@@ -17,7 +17,8 @@ from gguf_moe.gguf_reader import GgufFile, TensorInfo, read_gguf
 from gguf_moe.gguf_source import GgufModel, shard_path, shard_place
 from gguf_moe.layout import PlannedFile, TensorPlan, place
 from gguf_moe.mapping import Slab
-from gguf_moe.methods.said import Said, read_said
+from gguf_moe.methods import KEY
+from gguf_moe.methods.said import KEYS, Said, read_said
 from gguf_moe.methods.store import chosen_tensors, embedding_weighed
 from gguf_moe.plan import Plan, make_plan
 from gguf_moe.recipe import FILE_TYPES, file_type_name
@@ -97,11 +98,18 @@ class Origin:
         """
         number, count = shard_place(file)
         first = read_gguf(shard_path(file.path, 0)) if number else file  # which alone has the model's keys
-        said = read_said(first.values)
+        said = self._said(first)
         plans = self._plans_for(first.keys.get(_General.FILE_TYPE), said)
         candidates = [_expected(plan, file, number, count, said) for plan in plans]
         header = _header(file)
         return next((c for c in candidates if c.planned.header == header), candidates[0])
+
+    def _said(self, file: GgufFile) -> Said | None:
+        """What the file says of its method; nothing where it only has that from its source, with the codes."""
+        inherited = self._source.keys if isinstance(self._source, GgufModel) else {}
+        if KEY in inherited and all(_packed(k, inherited.get(k)) == _packed(k, file.values.get(k)) for k in KEYS):
+            return None
+        return read_said(file.values)
 
     def _plans_for(self, number: Any, said: Said | None) -> list[Plan]:
         """What gives files of this general.file_type: a GGUF source of the same may have been quantized or copied."""

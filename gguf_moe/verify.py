@@ -163,16 +163,15 @@ def _conclude_sums(scan: _Scan, listed: str | None, verdict: Verdict) -> None:
 
 
 def _conclude_origin(scan: _Scan, model: str, whole: bool, verdict: Verdict) -> None:
-    """Of data: what derives from the model, and what can only be near it. whole: all else derives from it."""
+    """Of data: what derives from the model, and what can only lie near it. whole: the header derives from it too."""
     derived, chosen = (f"{len(names)} tensors" for names in (scan.planned.keys() - scan.chosen, scan.chosen))
-    data = f"data of {derived} as {model} gives them" if scan.planned else ""
-    if whole:
-        data = (
-            f"header and {derived} derive from {model} bit for bit"
-            if scan.chosen
-            else f"derives from {model} bit for bit"
-        )
-    verdict.conclude(_with_others(scan.differing), data)
+    if not whole:
+        proven = f"data of {derived} as {model} gives them" if scan.planned else ""
+    elif scan.chosen:
+        proven = f"header and {derived} derive from {model} bit for bit"
+    else:
+        proven = f"derives from {model} bit for bit"
+    verdict.conclude(_with_others(scan.differing), proven)
     if scan.chosen:
         verdict.conclude(_with_others(scan.far), f"{chosen} whose codes error feedback chose lie near its weights")
         verdict.unproven.append(f"the very codes of {chosen}, which cannot be derived (method gptq)")
@@ -267,17 +266,18 @@ class _Scan:
         try:
             if piece.tensor.name not in self.chosen:
                 return infinite, self._difference(piece, data)
-            return infinite, "" if infinite else self._distance(piece, data)
+            return infinite, infinite or self._distance(piece, data)
         except GgufMoeError as error:
             return infinite, str(error)
 
     def _distance(self, piece: _Piece, data: np.ndarray) -> str:
         kind, name = piece.tensor.type, piece.tensor.name
         if far := far_row(data, piece.slab, piece.row, piece.row + _rows(piece), kind, self._reach):
-            row = piece.start // (data.size // _rows(piece)) + far.row
+            first = piece.start // (data.size // _rows(piece))
+            instead = f"the model's row {first + far.other}" if far.other is not None else "damaged or another model's"
             return (
-                f"tensor {name}: row {row} is {100 * far.distance:.3g} % of its length away from the model's, the "
-                f"plain encoder's {100 * far.usual:.3g} %: it is no encoding of that"
+                f"tensor {name}: row {first + far.row} is {100 * far.distance:.3g} % of its length away from the "
+                f"model's, the plain encoder's {100 * far.usual:.3g} %: it is {instead}"
             )
         if piece.row == 0 and (other := nearer_expert(data, piece.slabs, piece.number, kind)) is not None:
             return f"tensor {name}: expert {piece.number} is the model's expert {other}, expected expert {piece.number}"

@@ -31,6 +31,7 @@ _GPTQ: dict[str, tuple[gguf.GGUFValueType, Callable[[gguf.GGUFValue], bool], str
     DAMPING: (_Type.FLOAT32, lambda value: 0 < value.value < math.inf, "a positive number"),
     CALIBRATED_ON: (_Type.STRING, lambda value: value.value in BASES, " or ".join(map(repr, BASES))),
 }
+KEYS = tuple(_GPTQ)
 
 
 @dataclass(frozen=True)
