@@ -17,6 +17,9 @@ from gguf_moe.gguf_reader import GgufFile, TensorInfo, read_gguf
 from gguf_moe.gguf_source import GgufModel, shard_path, shard_place
 from gguf_moe.layout import PlannedFile, TensorPlan, place
 from gguf_moe.mapping import Slab
+from gguf_moe.methods import KEY
+from gguf_moe.methods.said import KEYS, Said, read_said
+from gguf_moe.methods.store import chosen_tensors, embedding_weighed
 from gguf_moe.plan import Plan, make_plan
 from gguf_moe.recipe import FILE_TYPES, file_type_name
 from gguf_moe.request import Request
@@ -30,10 +33,15 @@ _OPTIONS = {_General.NAME: "--name", _General.SIZE_LABEL: "--size-label", gguf.K
 
 @dataclass(frozen=True)
 class Expected:
-    """A file as it ought to be."""
+    """A file as it ought to be.
+
+    said: by which method, if not ggml's own. chosen: the tensors whose codes it chose; they cannot be derived.
+    """
 
     keys: Mapping[str, gguf.GGUFValue] = field(repr=False)
     planned: PlannedFile
+    said: Said | None = None
+    chosen: frozenset[str] = frozenset()
 
     def comparable(self, file: GgufFile) -> dict[str, TensorPlan]:
         """The tensors that the file has in the planned type and size, by name."""
@@ -44,9 +52,9 @@ class Expected:
     def header_differences(self, file: GgufFile) -> list[str]:
         """Where the file's header is another, the first few with found and expected; none if its bytes are the same."""
         header = _header(file)
-        if header == self.planned.header:
-            return []
-        found = [*self._keys(file), *self._tensors(file)] or [_first_byte(header, self.planned.header)]
+        found = list(self.said.problems) if self.said else []
+        if header != self.planned.header:
+            found += [*self._keys(file), *self._tensors(file)] or [_first_byte(header, self.planned.header)]
         more = [f"{len(found) - LISTED} more differences of keys and tensors"] if len(found) > LISTED else []
         return found[:LISTED] + more
 
@@ -83,20 +91,31 @@ class Origin:
         return str(self._source.path if isinstance(self._source, GgufModel) else self._source.directory)
 
     def expected(self, file: GgufFile) -> Expected:
-        """The file, or the shard, that a conversion to the same file type gives.
+        """The file, or the shard, that a conversion to the same file type gives, by the method that the file names.
 
-        Raises GgufMoeError when the file does not say what type it is, and what `make_plan` raises.
+        Raises GgufMoeError when the file does not say what type it is, or names a method that is not known, and what
+        `make_plan` raises.
         """
         number, count = shard_place(file)
         first = read_gguf(shard_path(file.path, 0)) if number else file  # which alone has the model's keys
-        plans = self._plans_for(first.keys.get(_General.FILE_TYPE))
-        candidates = [_expected(plan, file, number, count) for plan in plans]
+        said = self._said(first)
+        plans = self._plans_for(first.keys.get(_General.FILE_TYPE), said)
+        candidates = [_expected(plan, file, number, count, said) for plan in plans]
         header = _header(file)
         return next((c for c in candidates if c.planned.header == header), candidates[0])
 
-    def _plans_for(self, number: Any) -> list[Plan]:
+    def _said(self, file: GgufFile) -> Said | None:
+        """What the file says of its method; nothing where it only has that from its source, with the codes."""
+        inherited = self._source.keys if isinstance(self._source, GgufModel) else {}
+        if KEY in inherited and all(_packed(k, inherited.get(k)) == _packed(k, file.values.get(k)) for k in KEYS):
+            return None
+        return read_said(file.values)
+
+    def _plans_for(self, number: Any, said: Said | None) -> list[Plan]:
         """What gives files of this general.file_type: a GGUF source of the same may have been quantized or copied."""
-        if number not in self._plans:
+        keys = said.keys if said else {}
+        made_with = number, encode_header(keys, [])
+        if made_with not in self._plans:
             file_types = [t for t in FILE_TYPES.values() if t.id == number]
             if isinstance(self._source, GgufModel) and self._source.kept_file_type.id == number:
                 file_types.append(None)
@@ -104,14 +123,15 @@ class Origin:
                 name = file_type_name(number) or "an unknown type"
                 found = "is missing" if number is None else f"is {number!r:.80}, {name}"
                 raise GgufMoeError(f"general.file_type {found}, expected one that gguf-moe makes of {self.name}")
-            self._plans[number] = self._made(file_types)
-        return self._plans[number]
+            plans = self._made(file_types, replace(self._request, keys=keys))
+            self._plans[made_with] = [embedding_weighed(plan) for plan in plans] if said else plans
+        return self._plans[made_with]
 
-    def _made(self, file_types: list[Any]) -> list[Plan]:
+    def _made(self, file_types: list[Any], request: Request) -> list[Plan]:
         plans, errors = [], []
         for file_type in file_types:
             try:
-                plans.append(make_plan(self._source, file_type, self._request))
+                plans.append(make_plan(self._source, file_type, request))
             except GgufMoeError as error:
                 errors.append(error)
         if not plans:
@@ -119,17 +139,18 @@ class Origin:
         return plans
 
 
-def _expected(plan: Plan, file: GgufFile, number: int, count: int) -> Expected:
+def _expected(plan: Plan, file: GgufFile, number: int, count: int, said: Said | None) -> Expected:
     """The whole plan, or the shard of it that begins with the file's first tensor and has as many."""
+    chosen = frozenset(tensor.info.name for tensor in chosen_tensors(plan)) if said else frozenset()
     if count == 1:
-        return Expected(plan.keys, plan.files[0])
+        return Expected(plan.keys, plan.files[0], said, chosen)
     places = {tensor.info.name: i for i, tensor in enumerate(plan.tensors)}
     start = next((max(0, places[t.name] - i) for i, t in enumerate(file.tensors) if t.name in places), 0)
     # llama.cpp's tools order these two keys in either way.
     by_converter = [key for key in file.values if key in (COUNT, TENSORS)] == [COUNT, TENSORS]
     labels = split_keys(number, count, len(plan.tensors), by_converter=by_converter)
     keys = {**(plan.keys if number == 0 else {}), **labels}
-    return Expected(keys, place(plan.tensors[start : start + len(file.tensors)], keys))
+    return Expected(keys, place(plan.tensors[start : start + len(file.tensors)], keys), said, chosen)
 
 
 def data_difference(data: np.ndarray, slab: Slab, start: int, stop: int, kind: str) -> tuple[int, int] | None:

@@ -21,6 +21,7 @@ from gguf_moe.gguf_reader import TENSOR_TYPES, GgufFile, TensorInfo, read_gguf
 from gguf_moe.gguf_source import open_gguf, shard_place
 from gguf_moe.layout import TensorPlan
 from gguf_moe.mapping import Slab
+from gguf_moe.nearness import far_row, nearer_expert, reach
 from gguf_moe.origin import Expected, Origin, data_difference
 from gguf_moe.pool import in_order
 
@@ -63,9 +64,9 @@ def verify(
     """Check one GGUF file, or one shard; with the first shard that the others are there and belong to it.
 
     Structure and padding; that no scale and no weight is infinite or NaN; the SHA-256, where SHA256SUMS in its
-    directory names the file; and, given `origin`, that it derives from that model bit for bit. Whatever is wrong with
-    the file is in the verdict. on_progress: with bytes of the file. Raises UsageError for wishes that the origin cannot
-    fulfil.
+    directory names the file; and, given `origin`, that it derives from that model bit for bit, or, where a method chose
+    codes that cannot be derived, that these lie near its weights. Whatever is wrong with the file is in the verdict.
+    on_progress: with bytes of the file. Raises UsageError for wishes that the origin cannot fulfil.
     """
     verdict = Verdict(path)
     try:
@@ -118,15 +119,14 @@ def _contents(
     """Everything that takes reading the tensors."""
     listed = read_sums(file.path.parent).get(file.path.name)
     expected, differences = _expectation(file, origin)
-    scan = _Scan(file, expected.comparable(file) if expected else {}, hashed=listed is not None)
+    scan = _Scan(file, expected, hashed=listed is not None)
     scan.run(threads, on_progress)
     _conclude_finite(scan, verdict)
     _conclude_sums(scan, listed, verdict)
     if origin is not None:
         whole = expected is not None and not differences and "structure" in verdict.proven  # padding is part of it
-        data = f"data of {len(scan.planned)} tensors as {origin.name} gives them" if scan.planned else ""
         verdict.conclude(differences)
-        verdict.conclude(_with_others(scan.differing), f"derives from {origin.name} bit for bit" if whole else data)
+        _conclude_origin(scan, origin.name, whole, verdict)
     elif listed is None:
         verdict.unproven.append("content")
 
@@ -162,6 +162,21 @@ def _conclude_sums(scan: _Scan, listed: str | None, verdict: Verdict) -> None:
         verdict.conclude(wrong, f"SHA-256 as in {LIST}")
 
 
+def _conclude_origin(scan: _Scan, model: str, whole: bool, verdict: Verdict) -> None:
+    """Of data: what derives from the model, and what can only lie near it. whole: the header derives from it too."""
+    derived, chosen = (f"{len(names)} tensors" for names in (scan.planned.keys() - scan.chosen, scan.chosen))
+    if not whole:
+        proven = f"data of {derived} as {model} gives them" if scan.planned else ""
+    elif scan.chosen:
+        proven = f"header and {derived} derive from {model} bit for bit"
+    else:
+        proven = f"derives from {model} bit for bit"
+    verdict.conclude(_with_others(scan.differing), proven)
+    if scan.chosen:
+        verdict.conclude(_with_others(scan.far), f"{chosen} whose codes error feedback chose lie near its weights")
+        verdict.unproven.append(f"the very codes of {chosen}, which cannot be derived (method gptq)")
+
+
 def _with_others(by_tensor: Mapping[str, str]) -> list[str]:
     """The first of several problems, and how many tensors have such a one."""
     texts = list(by_tensor.values())
@@ -174,24 +189,34 @@ def _is_known(kind: str) -> bool:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes [start, stop) of a tensor; rows of a slab, from `row`, where they are compared."""
+    """Bytes [start, stop) of a tensor; rows of one of its slabs, from `row`, where they are compared."""
 
     tensor: TensorInfo
     start: int
     stop: int
-    slab: Slab | None = None
+    slabs: tuple[Slab, ...] = ()
+    number: int = 0  # of the slab
     row: int = 0
+
+    @property
+    def slab(self) -> Slab:
+        """The one that the rows are of."""
+        return self.slabs[self.number]
 
 
 class _Scan:
     """One pass over a file. Problems are kept by tensor, the first of each."""
 
-    def __init__(self, file: GgufFile, planned: Mapping[str, TensorPlan], *, hashed: bool) -> None:
-        self.file, self.planned = file, planned
+    def __init__(self, file: GgufFile, expected: Expected | None, *, hashed: bool) -> None:
+        self.file = file
+        self.planned = expected.comparable(file) if expected else {}
+        self.chosen = expected.chosen & self.planned.keys() if expected else frozenset()  # of these, not to be derived
         self.infinite: dict[str, str] = {}
         self.differing: dict[str, str] = {}
+        self.far: dict[str, str] = {}
         self.digest: str | None = None
         self._hashed = hashed
+        self._reach = reach(expected.said.damping) if expected and expected.said else 0.0
         self._data = map_file(file.path, np.dtype(np.uint8), 0, (file.size,))
 
     def run(self, threads: int, on_progress: Callable[[Progress], None] | None) -> None:
@@ -203,7 +228,7 @@ class _Scan:
                 if infinite:
                     self.infinite.setdefault(name, infinite)
                 if different:
-                    self.differing.setdefault(name, different)
+                    (self.far if name in self.chosen else self.differing).setdefault(name, different)
                 if self._hashed:
                     digest.update(self._data[done:end])
                 done = end
@@ -236,15 +261,30 @@ class _Scan:
         if block is not None:
             what = "is" if TENSOR_TYPES[kind].block_length == 1 else "has a scale that is"
             infinite = f"{_where(piece, block * TENSOR_TYPES[kind].block_bytes)} {what} infinite or NaN"
-        return infinite, self._difference(piece, data) if piece.slab else ""
+        if not piece.slabs:
+            return infinite, ""
+        try:
+            if piece.tensor.name not in self.chosen:
+                return infinite, self._difference(piece, data)
+            return infinite, infinite or self._distance(piece, data)
+        except GgufMoeError as error:
+            return infinite, str(error)
+
+    def _distance(self, piece: _Piece, data: np.ndarray) -> str:
+        kind, name = piece.tensor.type, piece.tensor.name
+        if far := far_row(data, piece.slab, piece.row, piece.row + _rows(piece), kind, self._reach):
+            first = piece.start // (data.size // _rows(piece))
+            instead = f"the model's row {first + far.other}" if far.other is not None else "damaged or another model's"
+            return (
+                f"tensor {name}: row {first + far.row} is {100 * far.distance:.3g} % of its length away from the "
+                f"model's, the plain encoder's {100 * far.usual:.3g} %: it is {instead}"
+            )
+        if piece.row == 0 and (other := nearer_expert(data, piece.slabs, piece.number, kind)) is not None:
+            return f"tensor {name}: expert {piece.number} is the model's expert {other}, expected expert {piece.number}"
+        return ""
 
     def _difference(self, piece: _Piece, data: np.ndarray) -> str:
-        kind = piece.tensor.type
-        rows = data.size // TENSOR_TYPES[kind].row_bytes(piece.slab.source.columns)
-        try:
-            found = data_difference(data, piece.slab, piece.row, piece.row + rows, kind)
-        except GgufMoeError as error:
-            return str(error)
+        found = data_difference(data, piece.slab, piece.row, piece.row + _rows(piece), piece.tensor.type)
         if found is None:
             return ""
         at, expected = found
@@ -255,12 +295,16 @@ class _Scan:
 def _pieces_of_rows(tensor: TensorInfo, planned: TensorPlan) -> Iterator[_Piece]:
     """Pieces that each come from rows of one slab."""
     start = 0
-    for slab in planned.mapped.slabs:
+    for number, slab in enumerate(planned.mapped.slabs):
         rows_at_once = max(1, PIECE_WEIGHTS // slab.source.columns)
         for row in range(0, slab.rows, rows_at_once):
             stop = start + min(rows_at_once, slab.rows - row) * planned.row_bytes
-            yield _Piece(tensor, start, stop, slab, row)
+            yield _Piece(tensor, start, stop, planned.mapped.slabs, number, row)
             start = stop
+
+
+def _rows(piece: _Piece) -> int:
+    return (piece.stop - piece.start) // TENSOR_TYPES[piece.tensor.type].row_bytes(piece.slab.source.columns)
 
 
 def _where(piece: _Piece, byte: int) -> str:

@@ -23,10 +23,11 @@ ALLOWED = {
     "methods": "checkpoint errors evaluation gguf_file gguf_source layout mapping methods plan",
     "report": "gguf_reader naming plan recipe",
     "convert": "duplicates errors filling gguf_file layout plan",
-    "verify": "checkpoint checksums errors filling gguf_reader gguf_source layout mapping origin pool",
+    "verify": "checkpoint checksums errors filling gguf_reader gguf_source layout mapping nearness origin pool",
+    "nearness": "encoding gguf_reader mapping",
     "checksums": "errors gguf_file",
-    "origin": "checkpoint encoding errors gguf_file gguf_reader gguf_source layout mapping plan recipe request "
-    "sharding",
+    "origin": "checkpoint encoding errors gguf_file gguf_reader gguf_source layout mapping methods plan recipe "
+    "request sharding",
     "resharding": "convert errors filling gguf_file gguf_reader gguf_source layout mapping plan recipe sharding",
     "export": "checksums convert duplicates errors filling layout manifest partial plan",
     "partial": "errors gguf_file gguf_reader layout",

@@ -34,6 +34,7 @@ from gguf_moe.evaluation.validate import read_windows
 from gguf_moe.methods import KEY, Chosen, Event, Settings, Summary
 from gguf_moe.methods.feedback import best_rows, feed_back, plain
 from gguf_moe.methods.moments import PANEL, PRECISE, Factor, Moments
+from gguf_moe.methods.said import BASES, CALIBRATED_ON, CHUNKS, DAMPING
 from gguf_moe.methods.store import LayerFile, Store
 from gguf_moe.plan import Plan
 
@@ -61,11 +62,9 @@ class Method:
         return {
             KEY: gguf.GGUFValue("gptq", kinds.STRING),
             CALIBRATION: gguf.GGUFValue([digest], kinds.ARRAY, kinds.STRING),
-            "gguf_moe.gptq.chunks": gguf.GGUFValue(settings.chunks or 0, kinds.UINT32),
-            "gguf_moe.gptq.damping": gguf.GGUFValue(settings.damping, kinds.FLOAT32),
-            "gguf_moe.gptq.calibrated_on": gguf.GGUFValue(
-                "original" if settings.original else "quantized", kinds.STRING
-            ),
+            CHUNKS: gguf.GGUFValue(settings.chunks or 0, kinds.UINT32),
+            DAMPING: gguf.GGUFValue(settings.damping, kinds.FLOAT32),
+            CALIBRATED_ON: gguf.GGUFValue(BASES[settings.original], kinds.STRING),
         }
 
     @contextmanager

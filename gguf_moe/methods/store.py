@@ -116,14 +116,22 @@ class Store:
     def planned(self, layers: Sequence[int | None]) -> Plan:
         """The plan with the rows of these layers, all done, in place of those of its source."""
         stored = {tensor.name: tensor for layer in layers for tensor in self.mapped(layer)}
-        embedding = next((t.mapped for t in self.plan.tensors if t.info.name == EMBEDDING), None)
-        if embedding is not None:
-            stored[EMBEDDING] = _evenly_weighed(embedding)
-        files = tuple(
-            replace(file, tensors=tuple(replace(t, mapped=stored.get(t.info.name, t.mapped)) for t in file.tensors))
-            for file in self.plan.files
-        )
-        return replace(self.plan, files=files, sources=self.plan.source_files)
+        return replace(_with_mapped(embedding_weighed(self.plan), stored), sources=self.plan.source_files)
+
+
+def embedding_weighed(plan: Plan) -> Plan:
+    """The plan with the embedding's columns weighed: all of a file but `chosen_tensors` is encoded by this."""
+    embeddings = [tensor.mapped for tensor in plan.tensors if tensor.info.name == EMBEDDING]
+    return _with_mapped(plan, {tensor.name: _evenly_weighed(tensor) for tensor in embeddings})
+
+
+def _with_mapped(plan: Plan, mapped: dict[str, MappedTensor]) -> Plan:
+    """The plan with the rows of other tensors in place of its own, by name."""
+    files = tuple(
+        replace(file, tensors=tuple(replace(t, mapped=mapped.get(t.info.name, t.mapped)) for t in file.tensors))
+        for file in plan.files
+    )
+    return replace(plan, files=files)
 
 
 def _evenly_weighed(tensor: MappedTensor) -> MappedTensor:

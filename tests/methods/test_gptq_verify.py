@@ -1,0 +1,392 @@
+"""`verify --against` of files whose codes error feedback chose: what derives is compared bit for bit, and the rest has
+to lie near the model's weights, row by row and expert by expert."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from checkpoints import DATA, MERGE, as_dtype, bundled
+from gguf_files import Parts, changed
+
+from gguf_moe.checkpoint import open_checkpoint
+from gguf_moe.gguf_reader import GgufFile, read_gguf
+from gguf_moe.gguf_source import open_gguf
+from gguf_moe.origin import Origin
+from gguf_moe.request import Request
+from gguf_moe.verify import verify
+
+CALIB = DATA / "text" / "calib.txt"
+IMATRIX = DATA.parent / "golden" / "tidepool.imatrix.gguf"
+LEVELS = ("Q2_K", "Q4_K_M", "Q8_0")
+GPTQ = ("--method", "gptq", "--calib", CALIB, "--calib-chunks", 4)
+DERIVED = f"header and 14 tensors derive from {MERGE} bit for bit"
+NEAR = "29 tensors whose codes error feedback chose lie near its weights"
+UNPROVEN = "the very codes of 29 tensors, which cannot be derived (method gptq)"
+OTHER_DATA = f"data of 14 tensors as {MERGE} gives them"
+KINDS = gguf.GGUFValueType
+
+
+@pytest.fixture(scope="module")
+def ladder(run, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Three levels of one calibration, exported with --verify, and what was printed."""
+    directory = tmp_path_factory.mktemp("ladder")
+    levels = [argument for level in LEVELS for argument in ("--quant", level)]
+    result = run("export", MERGE, "-o", directory, *levels, *GPTQ, "--calib-original", "--verify")
+    assert result.exit_code == 0, result.output
+    return directory, result.stdout
+
+
+@pytest.fixture(scope="module")
+def level(ladder) -> Callable[[str], Path]:
+    return lambda quant: next(ladder[0].glob(f"*-{quant}.gguf"))
+
+
+@pytest.fixture(scope="module")
+def origin() -> Origin:
+    return Origin(open_checkpoint(MERGE), Request())
+
+
+def damaged(source: Path, target: Path, tensor: str, change: Callable[[np.ndarray], object]) -> Path:
+    """A copy with the rows of a tensor, uint8 [experts, rows, row bytes], changed in place."""
+    data = np.frombuffer(source.read_bytes(), np.uint8).copy()
+    file = read_gguf(source)
+    change(rows(data, file, tensor))
+    target.write_bytes(data)
+    return target
+
+
+def rows(data: np.ndarray, file: GgufFile, name: str) -> np.ndarray:
+    info = next(tensor for tensor in file.tensors if tensor.name == name)
+    start = file.data_start + info.offset
+    return data[start : start + info.nbytes].reshape(*((1,) * (3 - len(info.shape))), *info.shape[:-1], -1)
+
+
+def decoded(path: Path, tensor: str) -> np.ndarray:
+    """By the gguf package: float32 [rows, columns]."""
+    found = next(t for t in gguf.GGUFReader(path).tensors if t.name == tensor)
+    values = gguf.quants.dequantize(found.data, found.tensor_type)
+    return values.reshape(-1, values.shape[-1])
+
+
+def away(path: Path, row: int, tensor: str, model: np.ndarray) -> str:
+    difference = np.linalg.norm((decoded(path, tensor)[row] - model[row]).astype(np.float64))
+    return f"{100 * difference / np.linalg.norm(model[row].astype(np.float64)):.3g} %"
+
+
+def test_export_verifies_what_it_has_made(ladder, level, run) -> None:
+    directory, printed = ladder
+    assert printed.splitlines()[-1] == "3 of 3 files are good"
+    result = run("verify", *(level(quant) for quant in LEVELS), "--against", MERGE)
+    whole = "good: structure, 43 tensors finite, SHA-256 as in SHA256SUMS"
+    lines = [f"{level(quant)}: {whole}, {DERIVED}, {NEAR}; not proven: {UNPROVEN}" for quant in LEVELS]
+    assert result.stdout.splitlines() == [*lines, "3 of 3 files are good"]
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert not list(directory.glob("*.gptq"))
+
+
+def test_json_says_the_same(level, run, tmp_path: Path) -> None:
+    path = Path(shutil.copy(level("Q2_K"), tmp_path))
+    (facts,) = json.loads(run("verify", path, "--against", MERGE, "--json").stdout)["files"]
+    assert facts == {
+        "file": str(path),
+        "good": True,
+        "proven": ["structure", "43 tensors finite", DERIVED, NEAR],
+        "unproven": ["SHA-256 (no SHA256SUMS beside it)", UNPROVEN],
+        "problems": [],
+        "sha256": None,
+    }
+
+
+def test_alone_nothing_is_said_of_the_method(level, tmp_path: Path) -> None:
+    verdict = verify(Path(shutil.copy(level("Q2_K"), tmp_path)))
+    assert (verdict.proven, verdict.unproven[1:]) == (["structure", "43 tensors finite"], ["content"])
+
+
+def test_needs_no_torch(level) -> None:
+    code = "import sys; sys.modules['torch'] = None; from gguf_moe.cli import main; main()"
+    command = [sys.executable, "-c", code, "verify", level("Q2_K"), "--against", MERGE]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout.endswith(f"not proven: {UNPROVEN}\n1 of 1 files are good\n"), done.stderr
+
+
+def test_shards_made_with_an_importance_matrix(run, tmp_path: Path) -> None:
+    """On the layers as they are quantized, which is the default; each shard is looked at by itself."""
+    options = ("--imatrix", IMATRIX)
+    made = run("convert", MERGE, "--bits", 3, *options, *GPTQ, "--split-max-tensors", 12, "-o", tmp_path / "x.gguf")
+    assert made.exit_code == 0, made.output
+    shards = sorted(tmp_path.glob("x-*.gguf"))
+    result = run("verify", *shards, "--against", MERGE, *options, "--json")
+    assert result.exit_code == 0, result.output
+    files = json.loads(result.stdout)["files"]
+    assert len(files) == 4
+    counts = [[int(text.split(" tensors")[0].split()[-1]) for text in file["proven"][2:]] for file in files]
+    assert [sum(of_kind) for of_kind in zip(*counts)] == [14, 29]
+    without = json.loads(run("verify", *shards, "--against", MERGE, "--json").stdout)["files"]
+    assert without[0]["problems"][0].startswith("key quantize.imatrix.file is ")
+
+
+def test_a_model_whose_inputs_are_nearly_dead(run, tmp_path: Path) -> None:
+    """Of 256 columns 8 matter: the others are free to move, and do."""
+    parts = as_dtype(bundled(), "F32")
+    for name, (dtype, array) in parts.tensors.items():
+        if "layernorm" in name:
+            parts.tensors[name] = (dtype, np.concatenate([array[:8], array[8:] * np.float32(1e-3)]))
+    model, path = parts.save(tmp_path / MERGE.name), tmp_path / "x.gguf"
+    assert run("convert", model, "--bits", 2, *GPTQ, "-o", path).exit_code == 0
+    verdict = verify(path, origin=Origin(open_checkpoint(model), Request()))
+    assert (verdict.problems, verdict.proven[-1]) == ([], NEAR)
+
+
+def test_copies_derive_from_such_a_file_bit_for_bit(run, level, tmp_path: Path) -> None:
+    """Its keys come along, but the codes of the copy are not chosen anew; nor are they in another type."""
+    source, path = level("Q8_0"), tmp_path / "x.gguf"
+    for options in ((), ("--bits", 4, "--allow-requantize")):
+        assert run("convert", source, "-o", path, "--force", *options).exit_code == 0
+        verdict = verify(path, origin=Origin(open_gguf(source), Request(allow_requantize=bool(options))))
+        assert (verdict.problems, verdict.proven[-1]) == ([], f"derives from {source} bit for bit")
+    shutil.copy(level("Q2_K"), path)
+    assert not verify(path, origin=Origin(open_gguf(source), Request())).good
+
+
+def zeroed(blocks: np.ndarray) -> None:
+    blocks[0, 19] = 0
+
+
+def swapped_rows(blocks: np.ndarray) -> None:
+    blocks[0, [19, 40]] = blocks[0, [40, 19]]
+
+
+def negated(blocks: np.ndarray) -> None:
+    blocks[0, 19, 1::34] ^= 0x80  # Q8_0: the signs of its scales
+
+
+@pytest.mark.parametrize("quant", LEVELS)
+def test_a_row_that_is_damaged_or_another(quant: str, level, made, origin, tmp_path: Path) -> None:
+    name, plain = "blk.1.attn_q.weight", made("json", quant)
+    model, usual = decoded(made("json", "F32"), name), away(plain, 19, name, decoded(made("json", "F32"), name))
+    nothing = "damaged or another model's"
+    changes = [(zeroed, nothing), (swapped_rows, "the model's row 40")]
+    for change, instead in changes + ([(negated, nothing)] if quant == "Q8_0" else []):
+        path = damaged(level(quant), tmp_path / "x.gguf", name, change)
+        verdict = verify(path, origin=origin)
+        found = away(path, 19, name, model)
+        assert verdict.problems == [
+            f"tensor {name}: row 19 is {found} of its length away from the model's, the plain encoder's {usual}: it is "
+            f"{instead}"
+        ]
+        assert found == {zeroed: "100 %", negated: "200 %"}.get(change, found)
+        assert verdict.proven == ["structure", "43 tensors finite", DERIVED]
+        assert verdict.unproven[-1] == UNPROVEN
+
+
+@pytest.mark.parametrize("quant", LEVELS)
+def test_swapped_experts(quant: str, level, origin, tmp_path: Path) -> None:
+    """They differ by a tenth of their length, which is a third of what 2 bits lose."""
+
+    def swap(blocks: np.ndarray) -> None:
+        blocks[[1, 2]] = blocks[[2, 1]]
+
+    path = level(quant)
+    for name in ("blk.0.ffn_down_exps.weight", "blk.3.ffn_gate_exps.weight", "blk.2.ffn_up_exps.weight"):
+        path = damaged(path, tmp_path / "x.gguf", name, swap)
+    (problem,) = verify(path, origin=origin).problems
+    if quant == "Q8_0":  # where the first row is seen to be another
+        assert problem.startswith("tensor blk.0.ffn_down_exps.weight: row 256 is ")
+    else:
+        assert problem.startswith(
+            "tensor blk.0.ffn_down_exps.weight: expert 1 is the model's expert 2, expected expert 1"
+        )
+    assert problem.endswith(" (and 2 more of the tensors)")
+
+
+@pytest.mark.parametrize("quant", LEVELS)
+def test_tensors_of_another_layer_and_of_another_model(quant: str, level, origin, tmp_path: Path) -> None:
+    source = level(quant)
+    name, other = "blk.1.ffn_gate_exps.weight", "blk.2.ffn_gate_exps.weight"
+    donor = rows(np.frombuffer(source.read_bytes(), np.uint8), read_gguf(source), other).copy()
+    path = damaged(source, tmp_path / "x.gguf", name, lambda blocks: np.copyto(blocks, donor))
+    (problem,) = verify(path, origin=origin).problems
+    assert re.match(
+        rf"tensor {name}: row [01] is 1\d\d % of its length away from the model's, the plain encoder's ", problem
+    )
+    assert problem.endswith("%: it is damaged or another model's")
+
+    parts, generator = bundled(), np.random.default_rng(1)
+    for key in ("model.layers.0.self_attn.o_proj.weight", "model.layers.3.mlp.experts.down_proj"):
+        dtype, array = parts.tensors[key]
+        parts.tensors[key] = (dtype, generator.permuted(array, axis=-1))
+    model = parts.save(tmp_path / MERGE.name)
+    (problem,) = verify(source, origin=Origin(open_checkpoint(model), Request())).problems
+    assert problem.startswith("tensor blk.0.attn_output.weight: row 0 is 1")
+    assert problem.endswith("it is damaged or another model's (and 1 more of the tensors)")
+
+
+@pytest.mark.parametrize("name", ["token_embd.weight", "blk.1.ffn_gate_inp.weight", "output_norm.weight"])
+def test_a_bit_of_what_derives(name: str, level, origin, tmp_path: Path) -> None:
+    def flip(blocks: np.ndarray) -> None:
+        blocks.reshape(-1)[85] ^= 1
+
+    source = level("Q2_K")
+    path = damaged(source, tmp_path / "x.gguf", name, flip)
+    file = read_gguf(source)
+    at = file.data_start + next(tensor.offset for tensor in file.tensors if tensor.name == name) + 85
+    found, expected = (copy.read_bytes()[at] for copy in (path, source))
+    verdict = verify(path, origin=origin)
+    where = "block 0 of row 1" if name == "token_embd.weight" else "weight 21 of row 0"
+    difference = f"byte {at} of the file is {found:02x}, expected {expected:02x}"
+    assert verdict.problems == [f"tensor {name}: {where}: {difference}"]
+    assert verdict.proven == ["structure", "43 tensors finite", NEAR]
+
+
+def test_a_scale_that_is_not_finite(level, origin, tmp_path: Path) -> None:
+    def spoil(blocks: np.ndarray) -> None:
+        blocks[0, 19, 80:82] = np.frombuffer(struct.pack("<e", math.inf), np.uint8)
+
+    name = "blk.1.attn_q.weight"
+    verdict = verify(damaged(level("Q2_K"), tmp_path / "x.gguf", name, spoil), origin=origin)
+    assert verdict.problems == [f"tensor {name}: block 0 of row 19 has a scale that is infinite or NaN"]
+    assert verdict.proven == ["structure", DERIVED]
+
+
+def test_a_weight_of_the_model_that_is_not_finite(level, tmp_path: Path) -> None:
+    parts = bundled()
+    dtype, array = parts.tensors["model.layers.2.self_attn.v_proj.weight"]
+    parts.tensors["model.layers.2.self_attn.v_proj.weight"] = (dtype, np.full_like(array, 0x7FC0))
+    origin = Origin(open_checkpoint(parts.save(tmp_path / MERGE.name)), Request())
+    assert verify(level("Q8_0"), origin=origin).problems == [
+        f"{tmp_path / MERGE.name / 'model.safetensors'}: tensor model.layers.2.self_attn.v_proj.weight holds NaN at "
+        "[0, 0]; mend the checkpoint"
+    ]
+
+
+def setting(name: str, value: object, kind: KINDS, element: KINDS | None = None) -> Callable[[Parts], None]:
+    return lambda parts: parts.set(f"gguf_moe.gptq.{name}", value, kind, element)
+
+
+def removing(name: str) -> Callable[[Parts], object]:
+    return lambda parts: parts.keys.pop(f"gguf_moe.gptq.{name}")
+
+
+HASH = hashlib.sha256(b"").hexdigest()
+HOSTILE: dict[str, tuple[Callable[[Parts], object], str]] = {
+    "damping 0": (
+        setting("damping", 0.0, KINDS.FLOAT32),
+        "damping is 0.0 (FLOAT32), expected a positive number (FLOAT32)",
+    ),
+    "damping negative": (
+        setting("damping", -0.5, KINDS.FLOAT32),
+        "damping is -0.5 (FLOAT32), expected a positive number (FLOAT32)",
+    ),
+    "damping infinite": (
+        setting("damping", math.inf, KINDS.FLOAT32),
+        "damping is inf (FLOAT32), expected a positive number (FLOAT32)",
+    ),
+    "damping NaN": (
+        setting("damping", math.nan, KINDS.FLOAT32),
+        "damping is nan (FLOAT32), expected a positive number (FLOAT32)",
+    ),
+    "damping a text": (
+        setting("damping", "0.01", KINDS.STRING),
+        "damping is '0.01' (STRING), expected a positive number (FLOAT32)",
+    ),
+    "no damping": (removing("damping"), "damping is missing, expected a positive number (FLOAT32)"),
+    "chunks negative": (setting("chunks", -1, KINDS.INT32), "chunks is -1 (INT32), expected a number (UINT32)"),
+    "no chunks": (removing("chunks"), "chunks is missing, expected a number (UINT32)"),
+    "calibrated on nothing": (
+        setting("calibrated_on", "nothing", KINDS.STRING),
+        "calibrated_on is 'nothing' (STRING), expected 'quantized' or 'original' (STRING)",
+    ),
+    "calibrated on no text": (
+        setting("calibrated_on", b"\xff", KINDS.STRING),
+        "calibrated_on is b'\\xff' (STRING), expected 'quantized' or 'original' (STRING)",
+    ),
+    "no hash": (removing("text_sha256"), "text_sha256 is missing, expected one text of 64 hexadecimal digits (ARRAY)"),
+    "a hash that is short": (
+        setting("text_sha256", [HASH[:6]], KINDS.ARRAY, KINDS.STRING),
+        f"text_sha256 is ['{HASH[:6]}'] of 1 elements (ARRAY), expected one text of 64 hexadecimal digits (ARRAY)",
+    ),
+    "two hashes": (
+        setting("text_sha256", ["a", "b"], KINDS.ARRAY, KINDS.STRING),
+        "text_sha256 is ['a', 'b'] of 2 elements (ARRAY), expected one text of 64 hexadecimal digits (ARRAY)",
+    ),
+    "hashes that are numbers": (
+        setting("text_sha256", [1, 2, 3], KINDS.ARRAY, KINDS.INT32),
+        "text_sha256 is [1, 2] of 3 elements (ARRAY), expected one text of 64 hexadecimal digits (ARRAY)",
+    ),
+    "a hash that is no array": (
+        setting("text_sha256", HASH, KINDS.STRING),
+        f"text_sha256 is '{HASH[:59]} (STRING), expected one text of 64 hexadecimal digits (ARRAY)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_keys(case: str, level, origin, tmp_path: Path) -> None:
+    change, message = HOSTILE[case]
+    file = read_gguf(changed(level("Q2_K"), tmp_path / "x.gguf", change))
+    assert origin.expected(file).header_differences(file) == [f"key gguf_moe.gptq.{message}; make the file anew"]
+
+
+def test_with_a_hostile_key_the_rest_is_compared_all_the_same(level, origin, tmp_path: Path) -> None:
+    change, message = HOSTILE["no damping"]
+    verdict = verify(changed(level("Q2_K"), tmp_path / "x.gguf", change), origin=origin)
+    assert verdict.problems == [f"key gguf_moe.gptq.{message}; make the file anew"]
+    assert verdict.proven == ["structure", "43 tensors finite", OTHER_DATA, NEAR]
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "found"),
+    [
+        ("awq", KINDS.STRING, "'awq' (STRING)"),
+        ("rtn", KINDS.STRING, "'rtn' (STRING)"),
+        (7, KINDS.UINT32, "7 (UINT32)"),
+        (["gptq"], KINDS.ARRAY, "an array (ARRAY)"),
+    ],
+)
+def test_a_method_that_is_not_known(value: object, kind: KINDS, found: str, level, origin, tmp_path: Path) -> None:
+    element = KINDS.STRING if kind is KINDS.ARRAY else None
+    path = changed(level("Q2_K"), tmp_path / "x.gguf", lambda p: p.set("gguf_moe.method", value, kind, element))
+    verdict = verify(path, origin=origin)
+    assert verdict.problems == [
+        f"key gguf_moe.method is {found}, expected 'gptq' (STRING), the only method that this version can check; "
+        "verify with the gguf-moe that made the file"
+    ]
+    assert verdict.proven == ["structure", "43 tensors finite"]
+
+
+def test_keys_in_another_order_and_other_keys(level, origin, tmp_path: Path) -> None:
+    def reorder(parts: Parts) -> None:
+        parts.keys["gguf_moe.gptq.damping"] = parts.keys.pop("gguf_moe.gptq.damping")
+
+    path = changed(level("Q2_K"), tmp_path / "x.gguf", reorder)
+    number = list(read_gguf(path).values).index("gguf_moe.gptq.calibrated_on")
+    assert verify(path, origin=origin).problems == [
+        f"key {number} is gguf_moe.gptq.calibrated_on, expected gguf_moe.gptq.damping: another order"
+    ]
+    path = changed(level("Q2_K"), tmp_path / "x.gguf", lambda parts: parts.set("general.name", "Foo", KINDS.STRING))
+    verdict = verify(path, origin=origin)
+    (problem,) = verdict.problems
+    assert problem.startswith("key general.name is 'Foo' (STRING), expected ")
+    assert verdict.proven[-2:] == [OTHER_DATA, NEAR]
+
+
+def test_a_file_that_only_claims_to_be_such_a_one(level, made, origin, tmp_path: Path) -> None:
+    """The plain encoder's codes lie near the weights; but the embedding is not weighed as it would be."""
+    keys = {key: value for key, value in read_gguf(level("Q2_K")).values.items() if key.startswith("gguf_moe.")}
+    path = changed(made("json", "Q2_K"), tmp_path / "x.gguf", lambda parts: parts.keys.update(keys))
+    verdict = verify(path, origin=origin)
+    (problem,) = verdict.problems
+    assert problem.startswith("tensor token_embd.weight: block 0 of row 0: byte ")
+    assert verdict.proven[-1] == NEAR
