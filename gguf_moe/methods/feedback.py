@@ -1,8 +1,8 @@
 """Codes chosen one column at a time, with the error of each made good in the columns after it.
 
 The scales of a block are those that the normal encoder finds for its weights as they are by then. So the blocks are
-ordinary ones, for any decoder. Rows are independent of each other: all are done together, and each may keep the best of
-several ways to find scales.
+ordinary ones, for any decoder. Rows are independent of each other: all are done together, and each keeps the best of
+several ways to find scales, a group of columns at a time.
 """
 
 from __future__ import annotations
@@ -25,14 +25,12 @@ PART_ROWS = 2048  # fewer are not worth a thread: what is done for a column cost
 Encoded = tuple[np.ndarray, np.ndarray]  # blocks, uint8 [rows, row bytes]; float64 [rows], their share of tr(D H Dᵀ)
 
 
-def feed_back(
-    weights: torch.Tensor, factor: Factor, kind: str, importances: Sequence[np.ndarray | None]
-) -> list[Encoded]:
-    """Encode weights, float32 [rows, columns], in a format of `quant.CODED`, once for each importance of columns by
-    which scales are found, float32 [columns].
+def feed_back(weights: torch.Tensor, factor: Factor, kind: str, importances: Sequence[np.ndarray | None]) -> Encoded:
+    """Encode weights, float32 [rows, columns], in a format of `quant.CODED`.
 
     The procedure is GPTQ's inside blocks: after column j, e = (w - v) / U[j, j] is taken from every later column k as
-    e U[j, k]. The squares of e add up to the loss, damping included.
+    e U[j, k]. The squares of e add up to the loss, damping included. importances: of columns, float32 [columns], by
+    which scales are found; each row keeps in each group the blocks of the one by which it loses least there.
     """
     columns = weights.shape[1]
     count = min(torch.get_num_threads(), len(weights) // PART_ROWS) if weights.device.type == "cpu" else 1
@@ -43,8 +41,8 @@ def feed_back(
             u = factor.inverse_rows(start, stop).to(weights)
             with _one_thread_each():
                 list(pool.map(partial(_Part.encode, start=start, stop=stop, u=u), parts))
-    done = [part.encoded() for part in parts]
-    return [tuple(map(np.concatenate, zip(*(of_part[i] for of_part in done)))) for i in range(len(importances))]
+    blocks = np.concatenate([np.concatenate(part.blocks, axis=1) for part in parts])
+    return blocks, np.concatenate([part.losses for part in parts])
 
 
 @contextmanager
@@ -59,27 +57,27 @@ def _one_thread_each() -> Iterator[None]:
 
 
 class _Part:
-    """Some rows, once for each importance, one below the other."""
+    """Some rows, as they are by the group at hand."""
 
     def __init__(self, weights: torch.Tensor, kind: str, importances: Sequence[np.ndarray | None]) -> None:
-        self.w = weights.repeat(len(importances), 1)  # [importances x rows, columns]
-        self.kind, self.importances = kind, importances
+        self.w, self.kind, self.importances = weights.clone(), kind, importances
         self.blocks: list[np.ndarray] = []
-        self.losses = np.zeros(len(self.w))
+        self.losses = np.zeros(len(weights))
 
     @torch.inference_mode()
     def encode(self, start: int, stop: int, u: torch.Tensor) -> None:
         """Encode a group of columns and take its errors from the later ones."""
         of_group = [None if each is None else each[start:stop] for each in self.importances]
-        data, errors = _group(self.w[:, start:stop].T.contiguous(), u[:, : stop - start], self.kind, of_group)
-        self.w[:, stop:].addmm_(errors.T, u[:, stop - start :], alpha=-1)
-        self.losses += torch.linalg.vector_norm(errors, dim=0, dtype=torch.float64).square().cpu().numpy()
-        self.blocks.append(data)
-
-    def encoded(self) -> list[Encoded]:
-        """What came of each importance."""
-        count = len(self.importances)
-        return list(zip(np.split(np.concatenate(self.blocks, axis=1), count), np.split(self.losses, count)))
+        w = self.w[:, start:stop].T.repeat(1, len(of_group))  # [columns, importances x rows]
+        blocks, errors = _group(w, u[:, : stop - start], self.kind, of_group)
+        losses = torch.linalg.vector_norm(errors, dim=0, dtype=torch.float64).square().cpu().numpy()
+        losses = np.where(np.isnan(losses), np.inf, losses).reshape(len(of_group), -1)
+        rows = np.arange(losses.shape[1])
+        best = losses.argmin(0)
+        chosen = best * len(rows) + rows
+        self.w[:, stop:].addmm_(errors[:, torch.from_numpy(chosen)].T, u[:, stop - start :], alpha=-1)
+        self.losses += losses[best, rows]
+        self.blocks.append(blocks[chosen])
 
 
 def plain(weights: torch.Tensor, factor: Factor, kind: str, importance: np.ndarray | None) -> Encoded:

@@ -260,7 +260,7 @@ class _Chooser:
             usual = plain(weights, factor, kind, (ways or [None])[0])
             if quant.first_nonfinite_scale(usual[0], kind) is not None:
                 raise GgufMoeError(f"{slab.source.file}: tensor {slab.source.name} has weights too large for {kind}")
-            candidates = [*feed_back(weights, factor, kind, [*ways, None]), usual]
+            candidates = [feed_back(weights, factor, kind, [*ways, None]), usual]
             data, chosen = best_rows(candidates, kind)
             blocks.append(data)
             losses += np.stack([loss for _, loss in candidates])[chosen, np.arange(len(chosen))].sum(), usual[1].sum()
