@@ -58,6 +58,7 @@ def convert(
     if not (is_gguf(model) and bits is quant_name is file_type is None):
         file_type = _asked_file_type(bits, quant_name, file_type)
     plan = make_plan(open_model(model), file_type, as_request(asked_recipe, keys=method.keys(), **asked))
+    method.check([plan])
     target = find_target(output, model, plan.default_name)
     if not dry_run:
         check_target(plan, target, force=force)
