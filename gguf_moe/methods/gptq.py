@@ -178,7 +178,7 @@ def _state(path: Path) -> list[int]:
 
 def _kept(stores: Sequence[Store]) -> str:
     """What an interrupted run leaves to the next."""
-    done, layers = sum(len(store.done) for store in stores), sum(len(store.layers) for store in stores)
+    done, layers = sum(store.kept() for store in stores), sum(len(store.layers) for store in stores)
     if not done:
         return "interrupted before a layer was finished"
     return f"interrupted: {done} of {layers} layers have their codes; the same command goes on behind them"

@@ -116,8 +116,12 @@ class Store:
         path.unlink()
         return [f"{path}: damaged, its layer is quantized anew"]
 
+    def kept(self) -> int:
+        """How many layers the next run finds done; a stop may have come before this one knew of the last."""
+        return sum(self.path(layer).exists() for layer in self.layers)
+
     def _tidy(self) -> None:
-        if not self.done:
+        if not self.kept():
             self.remove()
 
     def remove(self) -> None:

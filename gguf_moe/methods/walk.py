@@ -164,15 +164,20 @@ def squares(stores: Sequence[Store], *, in_files: bool) -> list[int]:
 
 
 def working_bytes(stores: Sequence[Store], spilled: bool) -> int:
-    """Bytes that moments, factor and a matrix take at once, of the largest owner."""
-    moments = [
-        small + (0 if spilled else large)
-        for small, large in zip(squares(stores, in_files=False), squares(stores, in_files=True))
-    ]
-    factors = [
-        max(8 * n * n if n <= PRECISE and not (spilled and n > PANEL) else 24 * n * PANEL for n, _ in inputs)
-        for inputs in _inputs(stores)
-    ]
+    """Bytes that moments, a factor and the matrix at hand take at once, of the largest owner."""
     tensors = [tensor.mapped for store in stores for tensor in store.tensors.values()]
-    weights = max(min(t.slabs[0].rows * t.shape[-1], BAND_WEIGHTS) for t in tensors)
-    return max(a + b for a, b in zip(moments, factors)) + COPIES * 4 * weights
+    weights = COPIES * 4 * max(min(t.slabs[0].rows * t.shape[-1], BAND_WEIGHTS) for t in tensors)
+    small, large = (squares(stores, in_files=in_files) for in_files in (False, True))
+    return max(
+        part + (0 if spilled else rest) + max(_choosing_bytes(n, spilled and n > PANEL, weights) for n, _ in inputs)
+        for part, rest, inputs in zip(small, large, _inputs(stores))
+    )
+
+
+def _choosing_bytes(n: int, in_file: bool, weights: int) -> int:
+    """Bytes beside moments of n columns: their factor, if it is a matrix of its own, with what is larger, the panels
+    while it is made or those while it is used and copies of weights. What is mapped of a file counts as it is read."""
+    precise = n <= PRECISE and not in_file
+    panel = (8 if precise else 4) * n * min(n, PANEL)
+    own = 8 * n * n if precise else 0
+    return own + max((10 if in_file else 6) * panel, 2 * panel + weights)

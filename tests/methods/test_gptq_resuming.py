@@ -100,6 +100,18 @@ def test_a_killed_run_is_taken_up(
     assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
+def test_a_stop_just_when_a_layer_is_finished(run, merge: Path, tmp_path: Path, monkeypatch) -> None:
+    target = tmp_path / "x.gguf"
+
+    def stop(directory: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gguf_moe.methods.store.sync_directory", stop)
+    result = run("convert", merge, *ASKED, *FEW, "-o", target)
+    assert "interrupted: 1 of 3 layers have their codes" in result.stderr
+    assert list(layers_of(target)) == ["0.layer"]
+
+
 def test_nothing_is_kept_before_a_layer_is_done(run, merge: Path, tmp_path: Path, monkeypatch) -> None:
     stderr = stopped_behind(run, monkeypatch, merge, tmp_path / "x.gguf", 0)
     assert "interrupted before a layer was finished\n" in stderr
