@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import architectures
 import gguf
 import numpy as np
 from checkpoints import DATA, Parts, bundled, with_experts
@@ -18,6 +19,15 @@ FEW = ("--method", "gptq", "--calib", CALIB, "--calib-chunks", 2)  # 1024 tokens
 def one_layer() -> Parts:
     """The bundled merge's first layer and its two ends."""
     return with_experts(bundled(), 4)
+
+
+def first_layer(case: str) -> Parts:
+    """The first layer of a case of `architectures`, and its ends."""
+    parts = architectures.recorded(case)
+    config = {**parts.config, "num_hidden_layers": 1}
+    if "layer_types" in config:
+        config["layer_types"] = config["layer_types"][:1]
+    return Parts({n: t for n, t in parts.tensors.items() if ".layers." not in n or ".layers.0." in n}, config)
 
 
 def kept(target: Path) -> Path:
