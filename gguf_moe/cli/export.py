@@ -96,6 +96,8 @@ def export(
     if text:
         _check_validation(model, output, plans[0], text, force)
     duplicates = find_duplicates(plans)
+    if method.text:  # by whose tokens an expert's codes are its own
+        duplicates = dataclasses.replace(duplicates, twins={})
     try:
         open_plans = unfinished(plans, output, force=force)
         targets = [output / plan.default_name for plan in open_plans]

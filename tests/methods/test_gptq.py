@@ -209,6 +209,22 @@ def test_few_tokens_are_damped_and_never_lose_more_than_plain(run, monkeypatch, 
         assert np.isfinite(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).all(), name
 
 
+def test_identical_experts_get_codes_of_their_own(run, tmp_path: Path) -> None:
+    parts = one_layer()
+    for name, (kind, array) in parts.tensors.items():
+        if ".mlp.experts." in name:
+            parts.tensors[name] = (kind, np.stack([array[0], array[0], *array[2:]]))
+    merge = parts.save(tmp_path / "twice")
+    plain = run("convert", merge, "--quant", "Q4_K_S", *SMALL, "-o", tmp_path / "plain.gguf")
+    same = "experts 0 and 1 are identical in all layers by their sampled rows"
+    assert f"{same}; they are encoded once\n" in plain.stdout
+    result = run("convert", merge, "--quant", "Q4_K_S", *SMALL, *FEW, "-o", tmp_path / "ours.gguf")
+    assert f"{same}\n" in result.stdout
+    for path, alike in ((tmp_path / "plain.gguf", True), (tmp_path / "ours.gguf", False)):
+        stack = tensors(path)["blk.0.ffn_up_exps.weight"].data
+        assert np.array_equal(stack[0], stack[1]) == alike
+
+
 class Inputs:
     """The observer that keeps what the router of the first layer is given: float32 [tokens, hidden]."""
 

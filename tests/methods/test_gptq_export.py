@@ -126,6 +126,18 @@ def test_codes_of_a_level_that_was_finished_in_a_stopped_run_go_too(run, merge: 
     assert not list(out.glob("*.gptq"))
 
 
+def test_an_export_is_validated_and_its_own_text_warned_of(run, merge: Path, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text(CALIB.read_text()[:9000])
+    asked = (*LEVELS[2:], "--method", "gptq", "--calib", text)
+    result = run("export", merge, *asked, "--validate", text, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "its codes were chosen from this very text, short.txt" in result.stderr
+    [level] = json.loads((tmp_path / "out" / "validation.json").read_text())["files"]
+    assert 0 < level["kld_mean"] < 0.1
+    assert f"| {level['kld_mean']:.5f} |" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_it_is_validated_and_warned_of_its_own_text(ladder: Path, run, merge: Path, tmp_path: Path) -> None:
     text = tmp_path / "renamed.txt"
     text.write_bytes(CALIB.read_bytes())
