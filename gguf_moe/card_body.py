@@ -234,6 +234,29 @@ def _commands(*lines: str) -> str:
     return "\n".join(["```sh", *lines, "```"])
 
 
+def _codes(levels: Sequence[Level]) -> str:
+    """How the codes of quantized tensors were chosen."""
+    chosen: dict[str, list[str]] = {}  # by the text that error feedback went by
+    for level in levels:
+        keys = level.recipe.get("keys")
+        if isinstance(keys, Mapping) and keys.get("gguf_moe.method") == "gptq":
+            digests = keys.get("gguf_moe.gptq.text_sha256")
+            digest = str(digests[0]) if isinstance(digests, list) and digests else "not known"
+            name = level.recipe.get("calib", "a text")
+            chosen.setdefault(f"{escaped(str(name))} (SHA-256 {escaped(digest)})", []).append(level.quant)
+    plain = "Quantized tensors{} are byte for byte what llama.cpp's converter and quantizer make of them."
+    parts = [
+        f"The codes of {escaped(', '.join(quants))} were chosen with error feedback (GPTQ) on {text}: ordinary files, "
+        "nearer to the original than llama.cpp's own of these types."
+        for text, quants in chosen.items()
+    ]
+    if not chosen:
+        return plain.format("")
+    if sum(map(len, chosen.values())) < len(levels):
+        parts.append(plain.format(" of the others"))
+    return " ".join(parts)
+
+
 def making_section(manifest: Manifest) -> str:
     """By what the files were made, of what, and how to check them."""
     program = manifest.program
@@ -241,8 +264,8 @@ def making_section(manifest: Manifest) -> str:
     made_by = f"{program.get('name', 'gguf-moe')} {program.get('version', '')} ({versions})"
     parts = [
         "## How these files were made",
-        f"By {escaped(made_by)} from {escaped(manifest.levels[0].source)}. Quantized tensors are byte for byte what "
-        "llama.cpp's converter and quantizer make of them. `manifest.json` has the details.",
+        f"By {escaped(made_by)} from {escaped(manifest.levels[0].source)}. {_codes(manifest.levels)} `manifest.json` "
+        "has the details.",
     ]
     recipes: dict[str, list[str]] = {}
     for level in manifest.levels:

@@ -69,16 +69,10 @@ def export(
     the manifest names is replaced when it is outdated; any other only with `force`. Raises GgufMoeError for a target
     that cannot be written or that another run writes to, for a source that changes meanwhile, and as `fill` does.
     """
-    if directory.exists() and not directory.is_dir():
-        raise GgufMoeError(f"{directory}: is a file, expected a directory for the levels; name another with --output")
-    try:
+    with _written(directory):
         directory.mkdir(parents=True, exist_ok=True)
         with _locked(directory):
             return _Run(plans, directory, dict(recipe), force, on_event).run(threads, twins)
-    except BrokenPipeError:  # who listened to the events has gone: nothing is wrong with the directory
-        raise
-    except OSError as error:
-        raise GgufMoeError(f"{directory}: not written: {error}; what is whole stays, run again to go on") from None
 
 
 @contextmanager
@@ -95,15 +89,29 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def _written(directory: Path) -> Iterator[None]:
+    """Tell what the disk refuses."""
+    if directory.exists() and not directory.is_dir():
+        raise GgufMoeError(f"{directory}: is a file, expected a directory for the levels; name another with --output")
+    try:
+        yield
+    except BrokenPipeError:  # who listened to the events has gone: nothing is wrong with the directory
+        raise
+    except OSError as error:
+        raise GgufMoeError(f"{directory}: not written: {error}; what is whole stays, run again to go on") from None
+
+
 def unfinished(plans: Sequence[Plan], directory: Path, *, force: bool) -> list[Plan]:
     """The plans that `export` would still have to make there.
 
     Raises GgufMoeError for a file that is not to be replaced.
     """
-    if not directory.exists():
-        return list(plans)
-    run = _Run(plans, directory, {}, force, lambda event: None)
-    return [plan for plan in plans if any(True for _ in run._partials(plan))]
+    with _written(directory):
+        if not directory.exists():
+            return list(plans)
+        run = _Run(plans, directory, {}, force, lambda event: None)
+        return [plan for plan in plans if any(True for _ in run._partials(plan))]
 
 
 class _Run:

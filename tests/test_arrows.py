@@ -20,7 +20,7 @@ ALLOWED = {
     "manifest": "checkpoint errors gguf_file request",
     "evaluation": "arch checkpoint errors evaluation gguf_file gguf_keys gguf_reader gguf_source imatrix mapping plan "
     "recipe report request tokenizer",
-    "methods": "checkpoint errors evaluation gguf_file gguf_source layout mapping methods plan",
+    "methods": "checkpoint errors evaluation gguf_file gguf_source layout mapping methods plan report",
     "report": "gguf_reader naming plan recipe",
     "convert": "duplicates errors filling gguf_file layout plan",
     "verify": "checkpoint checksums errors filling gguf_reader gguf_source layout mapping nearness origin pool",

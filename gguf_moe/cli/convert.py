@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +59,14 @@ def convert(
     if not (is_gguf(model) and bits is quant_name is file_type is None):
         file_type = _asked_file_type(bits, quant_name, file_type)
     plan = make_plan(open_model(model), file_type, as_request(asked_recipe, keys=method.keys(), **asked))
+    method.check([plan])
     target = find_target(output, model, plan.default_name)
     if not dry_run:
         check_target(plan, target, force=force)
     warn(plan.warnings)
     duplicates = find_duplicates([plan])
+    if method.text:  # by whose tokens an expert's codes are its own
+        duplicates = replace(duplicates, twins={})
     if dry_run:
         click.echo("\n".join([report.plan_text(plan), *duplicates.notes()]))
         click.echo(f"would be written to {report.target_text(plan, target)}")

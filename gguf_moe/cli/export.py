@@ -88,6 +88,7 @@ def export(
     if levels == [None]:
         levels = [find_file_type(name) for name in LADDER]
     plans = make_plans(open_model(model), list(dict.fromkeys(levels)), request)
+    method.check(plans)
     warn(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
     if dry_run:
         _print_levels(plans, output, threads, as_json)
@@ -95,6 +96,8 @@ def export(
     if text:
         _check_validation(model, output, plans[0], text, force)
     duplicates = find_duplicates(plans)
+    if method.text:  # by whose tokens an expert's codes are its own
+        duplicates = dataclasses.replace(duplicates, twins={})
     try:
         open_plans = unfinished(plans, output, force=force)
         targets = [output / plan.default_name for plan in open_plans]
@@ -107,12 +110,13 @@ def export(
             manifest = run_plans(
                 [chosen.get(plan.default_name, plan) for plan in plans],
                 output,
-                recipe=recipe_values(request),
+                recipe={**recipe_values(request), **({"calib": method.text.name} if method.text else {})},
                 threads=threads,
                 force=force,
                 twins=duplicates.twins,
                 on_event=_Watcher(show_progress, as_json).show,
             )
+        method.forget([output / plan.default_name for plan in plans])
     except (KeyboardInterrupt, SystemExit):
         click.echo("gguf-moe: interrupted; the same command goes on from here", err=True)
         raise

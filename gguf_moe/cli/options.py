@@ -109,7 +109,7 @@ def method_options(command: Callable) -> Callable:
     @click.option("--calib", type=click.Path(path_type=Path), metavar="TEXT", help="What gptq calibrates on.")
     @click.option("--calib-chunks", type=click.IntRange(1), metavar="N", help="The first N windows of it only.")
     @click.option("--calib-original", is_flag=True, help="Calibrate on the layers as they were before.")
-    @click.option("--damping", type=click.FloatRange(0, min_open=True), metavar="X", help="Of gptq; 0.01 by default.")
+    @click.option("--damping", type=float, metavar="X", help="Of gptq: above 0, to 1; 0.01 by default.")
     @click.option("--device", help="Torch's, for gptq: cpu, cuda, cuda:1, mps.")
     @click.option("--memory", type=Size(), metavar="N[K|M|G]", help="Bytes that gptq may take; most of what is free.")
     @wraps(command)

@@ -74,11 +74,13 @@ def progress_of_text(what: str, state: Path | None) -> Iterator[Callable[[Event]
 
 @contextmanager
 def progress_of_method(what: str) -> Iterator[Callable[[MethodEvent], None]]:
-    """What a method tells while it chooses codes: warnings, what it takes, on a terminal a bar over all matrices, and
-    what came of it."""
+    """What a method tells while it chooses codes: warnings, what it takes, on a terminal a bar over all matrices and
+    elsewhere a line for every tenth, and what came of it."""
+    shown = 0
     with tqdm(unit=" matrices", dynamic_ncols=True, leave=False, delay=1e-9, disable=not sys.stderr.isatty()) as bar:
 
         def tell(event: MethodEvent) -> None:
+            nonlocal shown
             if isinstance(event, Notice):
                 warn([event.text])
             elif isinstance(event, Chosen):
@@ -87,6 +89,10 @@ def progress_of_method(what: str) -> Iterator[Callable[[MethodEvent], None]]:
                 bar.update(event.done - bar.n)
                 if bar.n == event.total:
                     bar.clear()
+                if bar.disable and (step := PLAIN_STEPS * event.done // event.total) > shown:
+                    shown = step
+                    tenth = 100 * step // PLAIN_STEPS
+                    click.echo(f"{tenth} % of the codes chosen, at {report.printable(event.tensor)}", err=True)
             else:
                 click.echo(event.text if isinstance(event, Summary) else _started_line(event, what), err=True)
 

@@ -56,14 +56,22 @@ class Method(Protocol):
     def __init__(self, settings: Settings) -> None:
         """Raises UsageError for settings that are not the method's."""
 
+    text: Path | None  # that it goes by
+
     def keys(self) -> dict[str, gguf.GGUFValue]:
         """What a file says of how it was made."""
+
+    def check(self, plans: Sequence[Plan]) -> None:
+        """Raises UsageError for a plan that the method has nothing to do with."""
 
     def prepared(
         self, plans: Sequence[Plan], targets: Sequence[Path], on_event: Callable[[Event], None]
     ) -> AbstractContextManager[list[Plan]]:
         """The plans with rows whose codes are chosen, until their files are written, which are to be called `targets`.
         What is kept beside them goes when the block ends well, else the same call goes on from it."""
+
+    def forget(self, targets: Sequence[Path]) -> None:
+        """Remove what is still kept beside targets that are whole."""
 
 
 def find_method(name: str, settings: Settings) -> Method:

@@ -20,7 +20,8 @@ from gguf_moe.methods.moments import Factor
 
 GROUP = 256  # columns whose errors reach all later ones together
 STEP = 32  # ... whose errors reach the rest of their group together; the shortest block
-PART_ROWS = 2048  # fewer are not worth a thread: what is done for a column costs more to begin than to do
+PART_ROWS = 1024  # that a thread has at once: enough that a column costs more to do than to begin
+COPIES = 8  # of a group in float32, for each way: itself, its errors, steps and offsets twice, what these come from
 
 Encoded = tuple[np.ndarray, np.ndarray]  # blocks, uint8 [rows, row bytes]; float64 [rows], their share of tr(D H Dᵀ)
 
@@ -33,9 +34,9 @@ def feed_back(weights: torch.Tensor, factor: Factor, kind: str, importances: Seq
     which scales are found; each row keeps in each group the blocks of the one by which it loses least there.
     """
     columns = weights.shape[1]
-    count = min(torch.get_num_threads(), len(weights) // PART_ROWS) if weights.device.type == "cpu" else 1
-    parts = [_Part(part, kind, importances) for part in weights.chunk(max(1, count))]
-    with ThreadPoolExecutor(len(parts)) as pool:
+    rows = PART_ROWS if weights.device.type == "cpu" else len(weights)
+    parts = [_Part(part, kind, importances) for part in weights.split(rows)]
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
         for start in range(0, columns, GROUP):
             stop = min(start + GROUP, columns)
             u = factor.inverse_rows(start, stop).to(weights)
@@ -43,6 +44,12 @@ def feed_back(weights: torch.Tensor, factor: Factor, kind: str, importances: Seq
                 list(pool.map(partial(_Part.encode, start=start, stop=stop, u=u), parts))
     blocks = np.concatenate([np.concatenate(part.blocks, axis=1) for part in parts])
     return blocks, np.concatenate([part.losses for part in parts])
+
+
+def group_bytes(rows: int, ways: int, device: torch.device) -> int:
+    """Bytes that groups take beside copies of the whole matrix."""
+    at_once = min(rows, PART_ROWS * torch.get_num_threads()) if device.type == "cpu" else rows
+    return COPIES * 4 * GROUP * ways * at_once
 
 
 @contextmanager

@@ -16,6 +16,8 @@ from gguf_moe.plan import Plan
 class Method:
     """See `methods.Method`."""
 
+    text = None
+
     def __init__(self, settings: Settings) -> None:
         if settings != Settings():
             raise UsageError("--calib and what goes with it are for --method gptq")
@@ -23,8 +25,14 @@ class Method:
     def keys(self) -> dict[str, gguf.GGUFValue]:
         return {}
 
+    def check(self, plans: Sequence[Plan]) -> None:
+        pass
+
     @contextmanager
     def prepared(
         self, plans: Sequence[Plan], targets: Sequence[Path], on_event: Callable[[Event], None]
     ) -> Iterator[list[Plan]]:
         yield list(plans)
+
+    def forget(self, targets: Sequence[Path]) -> None:
+        pass

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +28,23 @@ from gguf_moe.plan import Plan
 
 LOCK = "lock"
 EMBEDDING = "token_embd.weight"
+# What a run leaves in its directory, if it is killed while it replaces a small file too.
+_OURS = re.compile(
+    r"(identity|output|\d+)\.(json|layer|partial|moments)|\.(identity|output|\d+)\.json\.[0-9a-f]+\.partial"
+)
+_READ_BYTES = 1 << 20
 
 
 def chosen_tensors(plan: Plan) -> list[TensorPlan]:
-    """The tensors whose codes are to be chosen: matrices that inputs are multiplied with, in formats with codes."""
+    """The tensors whose codes are to be chosen: matrices that inputs are multiplied with, in formats with codes, unless
+    a GGUF file has them in that format already."""
     return [
         tensor
         for tensor in plan.tensors
-        if tensor.info.type in quant.CODED and len(tensor.mapped.shape) > 1 and tensor.info.name != EMBEDDING
+        if tensor.info.type in quant.CODED
+        and tensor.searched
+        and len(tensor.mapped.shape) > 1
+        and tensor.info.name != EMBEDDING
     ]
 
 
@@ -42,14 +56,22 @@ class Store:
     plan: Plan
     identity: dict[str, Any]
     tensors: dict[str, TensorPlan] = field(init=False)
+    done: dict[int | None, list[dict[str, Any]]] = field(init=False, default_factory=dict)  # layer -> notes on matrices
 
     def __post_init__(self) -> None:
         self.tensors = {tensor.info.name: tensor for tensor in chosen_tensors(self.plan)}
 
-    def open(self, locks: ExitStack) -> str | None:
-        """Make the directory, or take up what is there; where that is of something else, what is different.
+    @cached_property
+    def layers(self) -> list[int | None]:
+        """All layers with tensors to choose codes for, and what is outside of them, the last."""
+        layers = {tensor.mapped.layer for tensor in self.tensors.values()}
+        return sorted(layers, key=lambda layer: (layer is None, layer or 0))
 
-        locks: which keeps others out while it is open. Raises GgufMoeError where another run is there already.
+    def open(self, stack: ExitStack) -> list[str]:
+        """Make the directory, or take up what is there; what is to be said of that.
+
+        stack: others are kept out while it is open; when it closes and no layer is done, the directory goes. Raises
+        GgufMoeError where another run is there already.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.directory / LOCK, blocking=False)
@@ -57,25 +79,55 @@ class Store:
             lock.acquire()
         except Timeout:
             raise GgufMoeError(f"{self.directory}: another run is at work there; wait for it") from None
-        locks.callback(lock.release)
-        path, different = self.directory / "identity.json", None
-        if path.exists() and (found := read_json(path)) != self.identity:
-            different = next(key for key in {**self.identity, **found} if found.get(key) != self.identity.get(key))
-            self._clear()
-        write_whole(path, json.dumps(self.identity).encode())
-        return different
+        stack.callback(lock.release)
+        stack.callback(self._tidy)
+        said, different = [], self._difference()
+        if different is not None:
+            _clear(self.directory)  # layers whose identity is lost, too
+            write_whole(self.directory / "identity.json", json.dumps(self.identity).encode())
+        if different:
+            said.append(f"{self.directory}: begun anew, the earlier run had another {different}")
+        for layer in self.layers:
+            if self.path(layer).exists():
+                said += self._take_up(layer)
+        return said
 
-    def _clear(self) -> None:
-        for path in self.directory.iterdir():
-            if path.suffix in (".json", ".layer", ".partial", ".moments"):
-                path.unlink()
+    def _difference(self) -> str | None:
+        """The first thing in which the earlier run's identity is another; "" where there was none."""
+        path = self.directory / "identity.json"
+        if not path.exists():
+            return ""
+        try:
+            found = read_json(path)
+        except GgufMoeError:  # damaged
+            return "identity"
+        return next((key for key in {**self.identity, **found} if found.get(key) != self.identity.get(key)), None)
+
+    def _take_up(self, layer: int | None) -> list[str]:
+        """Take a layer's file for done if it is what was written."""
+        path = self.path(layer)
+        try:
+            noted = read_json(path.with_suffix(".json"))
+        except GgufMoeError:
+            noted = {}
+        if noted.get("sha256") == _digest(path):
+            self.done[layer] = noted["matrices"]
+            return []
+        path.unlink()
+        return [f"{path}: damaged, its layer is quantized anew"]
+
+    def kept(self) -> int:
+        """How many layers the next run finds done; a stop may have come before this one knew of the last."""
+        return sum(self.path(layer).exists() for layer in self.layers)
+
+    def _tidy(self) -> None:
+        if not self.kept():
+            self.remove()
 
     def remove(self) -> None:
         """Remove what is ours in the directory, and the directory if nothing else is in it."""
-        self._clear()
-        (self.directory / LOCK).unlink(missing_ok=True)
-        if not any(self.directory.iterdir()):
-            self.directory.rmdir()
+        if self.directory.exists():
+            _remove(self.directory)
 
     def missing_bytes(self) -> int:
         """What is still to be written."""
@@ -94,8 +146,8 @@ class Store:
         return [tensor for tensor in self.tensors.values() if tensor.mapped.layer == layer]
 
     def is_done(self, layer: int | None) -> bool:
-        """Whether a layer's file is whole."""
-        return not self.of_layer(layer) or self.path(layer).exists()
+        """Whether a layer's file is whole, or it needs none."""
+        return layer in self.done or layer not in self.layers
 
     def mapped(self, layer: int | None) -> Iterator[MappedTensor]:
         """The tensors of a layer that is done, read from its file."""
@@ -108,14 +160,9 @@ class Store:
             yield replace(mapped, slabs=slabs)
             offset += tensor.info.nbytes
 
-    def report(self, layer: int | None) -> list[dict[str, Any]]:
-        """What was noted of each matrix of a layer that is done."""
-        path = self.path(layer).with_suffix(".json")
-        return json.loads(path.read_text()) if path.exists() else []
-
-    def planned(self, layers: Sequence[int | None]) -> Plan:
-        """The plan with the rows of these layers, all done, in place of those of its source."""
-        stored = {tensor.name: tensor for layer in layers for tensor in self.mapped(layer)}
+    def planned(self) -> Plan:
+        """The plan with the rows of all layers, which are done, in place of those of its source."""
+        stored = {tensor.name: tensor for layer in self.layers for tensor in self.mapped(layer)}
         return replace(_with_mapped(embedding_weighed(self.plan), stored), sources=self.plan.source_files)
 
 
@@ -132,6 +179,38 @@ def _with_mapped(plan: Plan, mapped: dict[str, MappedTensor]) -> Plan:
         for file in plan.files
     )
     return replace(plan, files=files)
+
+
+def discard(directory: Path) -> None:
+    """Remove what a run has left there that was killed when all was written; nothing where another is at work."""
+    if not directory.is_dir():
+        return
+    try:
+        with FileLock(directory / LOCK, blocking=False):
+            _remove(directory)
+    except Timeout:
+        return
+
+
+def _remove(directory: Path) -> None:
+    _clear(directory)
+    (directory / LOCK).unlink(missing_ok=True)
+    if not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
+        if _OURS.fullmatch(path.name):
+            path.unlink()
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+    return digest.hexdigest()
 
 
 def _evenly_weighed(tensor: MappedTensor) -> MappedTensor:
@@ -156,20 +235,36 @@ class LayerFile:
         for tensor in store.of_layer(layer):
             self.offsets[tensor.info.name] = offset
             offset += tensor.info.nbytes
-        self.file = self.partial.open("wb")
+        with self._told():
+            self.file = self.partial.open("wb")
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise GgufMoeError(f"{self.partial}: not written: {error}; run again to go on") from None
 
     def write(self, name: str, expert: int | None, data: np.ndarray, note: dict[str, Any]) -> None:
         """Put the blocks of a matrix, uint8 [rows, row bytes], into their place; note: what is to be said of it."""
-        self.file.seek(self.offsets[name] + (expert or 0) * data.nbytes)
-        self.file.write(data.data)
+        with self._told():
+            self.file.seek(self.offsets[name] + (expert or 0) * data.nbytes)
+            self.file.write(data.data)
         self.notes.append({"tensor": name, "expert": expert, **note})
 
     def finish(self) -> None:
-        """The layer is whole."""
-        expected = sum(tensor.info.nbytes for tensor in self.store.of_layer(self.layer))
-        self.file.close()
-        if self.partial.stat().st_size != expected:
-            raise GgufMoeError(f"{self.partial}: {self.partial.stat().st_size} bytes, expected {expected}; run again")
-        write_whole(self.final.with_suffix(".json"), json.dumps(self.notes).encode())
-        self.partial.rename(self.final)
-        sync_directory(self.store.directory)
+        """The layer is whole. Raises GgufMoeError for a matrix that was not written."""
+        written = Counter(note["tensor"] for note in self.notes)
+        for tensor in self.store.of_layer(self.layer):
+            if written[tensor.info.name] != len(tensor.mapped.slabs):
+                where = f"{self.store.plan.directory}: tensor {tensor.info.name}"
+                raise GgufMoeError(f"{where} is in no product of the forward pass; give it a type without codes")
+        with self._told():
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            noted = {"sha256": _digest(self.partial), "matrices": self.notes}
+            write_whole(self.final.with_suffix(".json"), json.dumps(noted).encode())
+            self.partial.rename(self.final)
+            sync_directory(self.store.directory)
+        self.store.done[self.layer] = self.notes
