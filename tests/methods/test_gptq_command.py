@@ -105,7 +105,7 @@ def test_memory_that_fits_fewer_windows_says_how_many(run, tmp_path: Path, monke
     resident = 500_000_000
     memory = type("Memory", (), {"memory_info": lambda self: type("Info", (), {"rss": resident})()})
     monkeypatch.setattr("gguf_moe.evaluation.memory.psutil.Process", memory)
-    asked = ("convert", merge, "--quant", "Q4_K_S", *ON, CALIB, "--memory", "640M", "-o", tmp_path / "x.gguf")
+    asked = ("convert", merge, "--quant", "Q4_K_S", *ON, CALIB, "--memory", "760M", "-o", tmp_path / "x.gguf")
     refused = run(*asked)
     assert refused.exit_code == 2
     fitting = int(refused.stderr.rpartition("; allow more, or give --calib-chunks ")[2])
