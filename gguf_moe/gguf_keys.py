@@ -17,12 +17,13 @@ import gguf
 from gguf_moe.arch.reading import MAX_EXPERTS, MAX_LAYERS
 from gguf_moe.errors import GgufMoeError, UsageError
 from gguf_moe.mapping import MappedTensor
-from gguf_moe.recipe import FileType, RecipeFacts, category_of
+from gguf_moe.recipe import KEPT, FileType, RecipeFacts, category_of
 
 _STACK = re.compile(r"blk\.\d+\.ffn_(gate|down|up|gate_up)_exps\.weight")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _General, _Tokenizer, _LLM = gguf.Keys.General, gguf.Keys.Tokenizer, gguf.Keys.LLM
 _Type = gguf.GGUFValueType
+_OF_CODES = ("gguf_moe.method", "gguf_moe.gptq.")  # keys of the methods, see there
 
 Keys = Mapping[str, gguf.GGUFValue]
 
@@ -32,8 +33,10 @@ def converted_keys(keys: Keys, file_type: FileType, by_quantizer: bool) -> dict[
 
     llama.cpp's quantizer sets two keys anew, which puts them at the end, and cuts texts at a NUL. Not so where its
     converter could make the file (16 and 32 bit types): there every key keeps its place, and the file stays what its
-    checkpoint gives.
+    checkpoint gives. What the source says of the choice of its codes is not so of other codes.
     """
+    if file_type.default != KEPT:
+        keys = {key: value for key, value in keys.items() if not key.startswith(_OF_CODES)}
     anew = {
         _General.QUANTIZATION_VERSION: gguf.GGUFValue(gguf.GGML_QUANT_VERSION, _Type.UINT32),
         _General.FILE_TYPE: gguf.GGUFValue(file_type.id, _Type.UINT32),

@@ -77,8 +77,8 @@ class Factor:
         m, total = self.square.values, np.zeros(len(difference))
         for panel in self.square.panels():
             block = m[: panel.stop, panel].triu(-panel.start)  # [columns so far, panel]
-            product = difference[:, : panel.stop].to(m) @ block
-            total += product.square().sum(1, dtype=torch.float64).cpu().numpy()
+            product = difference[:, : panel.stop] @ block.to(difference)
+            total += torch.linalg.vector_norm(product, dim=1, dtype=torch.float64).square().cpu().numpy()
         return total
 
     def importances(self) -> list[np.ndarray]:
@@ -89,7 +89,7 @@ class Factor:
 
 
 class Moments:
-    """The sum of x xᵀ over tokens, float32 [columns, columns]; in a file where a path is given."""
+    """The sum of x xᵀ over tokens, float32 [columns, columns], up to the diagonal; in a file where a path is given."""
 
     def __init__(self, columns: int, device: torch.device, path: Path | None = None) -> None:
         self.square, self.path = Square(columns, torch.float32, device, path), path
@@ -98,7 +98,7 @@ class Moments:
         """Take tokens [tokens, columns], which count as `weight` each."""
         x = x.to(self.square.values)
         for panel in self.square.panels():
-            self.square.values[panel].addmm_(x[:, panel].T, x, alpha=weight)
+            self.square.values[panel, : panel.stop].addmm_(x[:, panel].T, x[:, : panel.stop], alpha=weight)
 
     def factor(self, damping: float) -> Factor:
         """Their factor, which takes their place. Where they are not positive definite as they are rounded, the damping

@@ -150,10 +150,14 @@ def test_a_model_whose_inputs_are_nearly_dead(run, tmp_path: Path) -> None:
 
 
 def test_copies_derive_from_such_a_file_bit_for_bit(run, level, tmp_path: Path) -> None:
-    """Its keys come along, but the codes of the copy are not chosen anew; nor are they in another type."""
+    """Its keys come along, but the codes of the copy are not chosen anew. Those of another type are ggml's own, and
+    nothing says otherwise."""
     source, path = level("Q8_0"), tmp_path / "x.gguf"
     for options in ((), ("--bits", 4, "--allow-requantize")):
         assert run("convert", source, "-o", path, "--force", *options).exit_code == 0
+        assert any(key.startswith(("gguf_moe.method", "gguf_moe.gptq")) for key in read_gguf(path).keys) != bool(
+            options
+        )
         verdict = verify(path, origin=Origin(open_gguf(source), Request(allow_requantize=bool(options))))
         assert (verdict.problems, verdict.proven[-1]) == ([], f"derives from {source} bit for bit")
     shutil.copy(level("Q2_K"), path)
