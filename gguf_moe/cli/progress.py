@@ -85,14 +85,14 @@ def progress_of_method(what: str) -> Iterator[Callable[[MethodEvent], None]]:
                 warn([event.text])
             elif isinstance(event, Chosen):
                 bar.total = event.total
-                bar.set_postfix_str(report.printable(event.tensor), refresh=False)
+                bar.set_postfix_str(report.printable(event.matrix), refresh=False)
                 bar.update(event.done - bar.n)
                 if bar.n == event.total:
                     bar.clear()
                 if bar.disable and (step := PLAIN_STEPS * event.done // event.total) > shown:
                     shown = step
                     tenth = 100 * step // PLAIN_STEPS
-                    click.echo(f"{tenth} % of the codes chosen, at {report.printable(event.tensor)}", err=True)
+                    click.echo(f"{tenth} % of the codes chosen, at {report.printable(event.matrix)}", err=True)
             else:
                 click.echo(event.text if isinstance(event, Summary) else _started_line(event, what), err=True)
 
@@ -110,7 +110,7 @@ def _memory_text(plan: MemoryPlan) -> str:
     states = plan.sweep * plan.per_chunk
     return (
         f"; at most {size(plan.total)} of memory: {size(plan.held)} held already, {size(states)} hidden states, "
-        f"{size(max(plan.matrices + plan.between, plan.logits))} weights and logits"
+        f"{size(max(plan.matrices + plan.between, plan.logits))} weights and what they give"
     )
 
 

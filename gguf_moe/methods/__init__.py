@@ -33,9 +33,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Chosen:
-    """A matrix has its codes; done of total, over all files."""
+    """A matrix, by its tensor and expert, has its codes; done of total, over all files."""
 
-    tensor: str
+    matrix: str
     done: int
     total: int
 

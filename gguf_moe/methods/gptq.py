@@ -97,9 +97,9 @@ class Method:
     def _choose(self, stores: Sequence[Store], on_event: Callable[[Event], None]) -> None:
         total, done = sum(len(t.mapped.slabs) for store in stores for t in store.tensors.values()), 0
 
-        def count(tensor: str) -> None:
+        def count(matrix: str) -> None:
             nonlocal done
-            on_event(Chosen(tensor, done := done + 1, total))
+            on_event(Chosen(matrix, done := done + 1, total))
 
         for group in [stores] if self.settings.original else [[store] for store in stores]:
             self._run(group, count, on_event)

@@ -142,7 +142,7 @@ class Chooser:
             fed_back += int((chosen == 0).sum())
         note = {"loss": losses[0], "plain_loss": losses[1], "rows": slab.rows, "fed_back": fed_back}
         file.write(name, expert, np.concatenate(blocks), {**note, "damping": factor.damping})
-        self.count(name)
+        self.count(name if expert is None else f"{name} expert {expert}")
 
 
 def _weighings(importance: np.ndarray | None, factor: Factor) -> list[np.ndarray | None]:

@@ -8,11 +8,18 @@ from typing import Any
 import architectures
 import gguf
 import numpy as np
-from checkpoints import DATA, Parts, bundled, with_experts
+from checkpoints import DATA, MERGE, Parts, bundled, with_experts
 
 from gguf_moe.methods.store import LayerFile
 
 CALIB, EVAL = DATA / "text" / "calib.txt", DATA / "text" / "eval.txt"
+DERIVED = f"header and 14 tensors derive from {MERGE} bit for bit"
+NEAR = "29 tensors whose codes error feedback chose lie near its weights"
+UNPROVEN = "the very codes of 29 tensors, which cannot be derived (method gptq)"
+OTHER_DATA = f"data of 14 tensors as {MERGE} gives them"
+KINDS = gguf.GGUFValueType
+LEVELS = ("Q2_K", "Q4_K_M", "Q8_0")
+GPTQ = ("--method", "gptq", "--calib", CALIB, "--calib-chunks", 4)
 FEW = ("--method", "gptq", "--calib", CALIB, "--calib-chunks", 2)  # 1024 tokens
 
 
