@@ -33,17 +33,17 @@ def converted_keys(keys: Keys, file_type: FileType, by_quantizer: bool) -> dict[
 
     llama.cpp's quantizer sets two keys anew, which puts them at the end, and cuts texts at a NUL. Not so where its
     converter could make the file (16 and 32 bit types): there every key keeps its place, and the file stays what its
-    checkpoint gives. What the source says of the choice of its codes is not so of other codes.
+    checkpoint gives. What the source says of the choice of its codes is not so of others.
     """
-    if file_type.default != KEPT:
-        keys = {key: value for key, value in keys.items() if not key.startswith(_OF_CODES)}
     anew = {
         _General.QUANTIZATION_VERSION: gguf.GGUFValue(gguf.GGML_QUANT_VERSION, _Type.UINT32),
         _General.FILE_TYPE: gguf.GGUFValue(file_type.id, _Type.UINT32),
     }
     if not by_quantizer:
         return {**keys, **anew}
-    return {key: cut_at_nul(value) for key, value in keys.items() if key not in anew} | anew
+    dropped = _OF_CODES if file_type.default != KEPT else ()
+    kept = {key: value for key, value in keys.items() if key not in anew and not key.startswith(dropped)}
+    return {key: cut_at_nul(value) for key, value in kept.items()} | anew
 
 
 def with_asked(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ REPORT = "validation.json"  # beside the files, the last validation's
 @click.option("--quantized-by", metavar="NAME", help="Who stands in the model card as its maker.")
 @click.option("--repo", metavar="ORG/NAME", help="Where the files will be published, for the card's commands.")
 @request_options
-@method_options
+@partial(method_options, ladder=True)
 @click.pass_context
 def export(
     context: click.Context,

@@ -95,8 +95,8 @@ def text_options(command: Callable) -> Callable:
     return command
 
 
-def method_options(command: Callable) -> Callable:
-    """The options that become a `Method`, which the command takes as `method`."""
+def method_options(command: Callable, *, ladder: bool = False) -> Callable:
+    """The options that become a `Method`, which the command takes as `method`. ladder: it makes several files."""
 
     @click.option(
         "--method",
@@ -108,7 +108,12 @@ def method_options(command: Callable) -> Callable:
     )
     @click.option("--calib", type=click.Path(path_type=Path), metavar="TEXT", help="What gptq calibrates on.")
     @click.option("--calib-chunks", type=click.IntRange(1), metavar="N", help="The first N windows of it only.")
-    @click.option("--calib-original", is_flag=True, help="Calibrate on the layers as they were before.")
+    @click.option(
+        "--calib-original/--calib-quantized",
+        default=None,
+        help="Calibrate on layers as they were, once for all files of an export, where it is the default; or as they "
+        "are quantized by then, the default of convert.",
+    )
     @click.option("--damping", type=float, metavar="X", help="Of gptq: above 0, to 1; 0.01 by default.")
     @click.option("--device", help="Torch's, for gptq: cpu, cuda, cuda:1, mps.")
     @click.option("--memory", type=Size(), metavar="N[K|M|G]", help="Bytes that gptq may take; most of what is free.")
@@ -117,7 +122,7 @@ def method_options(command: Callable) -> Callable:
         method_name: str,
         calib: Path | None,
         calib_chunks: int | None,
-        calib_original: bool,
+        calib_original: bool | None,
         damping: float | None,
         device: str | None,
         memory: int | None,
@@ -125,7 +130,7 @@ def method_options(command: Callable) -> Callable:
     ) -> Any:
         asked = {"damping": damping, "device": device}
         given = {key: value for key, value in asked.items() if value is not None}
-        settings = MethodSettings(calib, calib_chunks, calib_original, memory=memory, **given)
+        settings = MethodSettings(calib, calib_chunks, ladder, calib_original, memory=memory, **given)
         return command(method=find_method(method_name, settings), **others)
 
     return with_method

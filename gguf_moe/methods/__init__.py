@@ -25,7 +25,8 @@ class Settings:
 
     text: Path | None = None
     chunks: int | None = None  # windows of the text at most
-    original: bool = False  # calibrate on the layers as they were, not as they have been quantized
+    ladder: bool = False  # several files are made together
+    original: bool | None = None  # calibrate on the layers as they were, or as they have been quantized; None: as usual
     damping: float = 0.01
     device: str = "cpu"
     memory: int | None = None  # bytes at most; None: most of what is free

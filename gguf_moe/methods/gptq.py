@@ -47,6 +47,8 @@ class Method:
         if not 0 < settings.damping <= 1:  # not so of what is no number
             raise UsageError(f"--damping {settings.damping:g}: expected a number above 0, of 1 at most")
         self.settings, self.text = settings, settings.text
+        # Hidden states of layers as they were serve all levels of a ladder.
+        self.original = settings.ladder if settings.original is None else settings.original
 
     @cached_property
     def digest(self) -> str:
@@ -63,7 +65,7 @@ class Method:
             CALIBRATION: gguf.GGUFValue([self.digest], kinds.ARRAY, kinds.STRING),
             CHUNKS: gguf.GGUFValue(settings.chunks or 0, kinds.UINT32),
             DAMPING: gguf.GGUFValue(settings.damping, kinds.FLOAT32),
-            CALIBRATED_ON: gguf.GGUFValue(BASES[settings.original], kinds.STRING),
+            CALIBRATED_ON: gguf.GGUFValue(BASES[self.original], kinds.STRING),
         }
 
     def check(self, plans: Sequence[Plan]) -> None:
@@ -101,7 +103,7 @@ class Method:
             nonlocal done
             on_event(Chosen(matrix, done := done + 1, total))
 
-        for group in [stores] if self.settings.original else [[store] for store in stores]:
+        for group in [stores] if self.original else [[store] for store in stores]:
             self._run(group, count, on_event)
         for store in stores:
             on_event(Summary(_summary(store, self.settings.damping)))
@@ -137,7 +139,7 @@ class Method:
         for warning in context_warnings(base, CONTEXT):
             on_event(Notice(warning))
         model = engine.model(base)
-        now = model if settings.original else engine.model(replace(base, tensors=dict(base.tensors)))
+        now = model if self.original else engine.model(replace(base, tensors=dict(base.tensors)))
         memory, spilled = self._memory(model, stores, len(read.windows))
         if spilled:
             _check_space(stores, max(squares(stores, in_files=True)))
@@ -150,7 +152,7 @@ class Method:
         """What it takes, and whether large moments have to lie in files. Raises UsageError where that is too much."""
         device = model.weights.device
         allowed = free_memory(device) if self.settings.memory is None else self.settings.memory
-        models = [model] * (1 if self.settings.original else 2)
+        models = [model] * (1 if self.original else 2)
         running = plan_memory(models, chunks, CONTEXT, _UNBOUNDED, scored=False)
         for spilled in (False, True) if device.type == "cpu" else (False,):
             needed = replace(running, matrices=running.matrices + working_bytes(stores, spilled, device))

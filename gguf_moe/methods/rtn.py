@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -19,7 +20,7 @@ class Method:
     text = None
 
     def __init__(self, settings: Settings) -> None:
-        if settings != Settings():
+        if replace(settings, ladder=False) != Settings():
             raise UsageError("--calib and what goes with it are for --method gptq")
 
     def keys(self) -> dict[str, gguf.GGUFValue]:

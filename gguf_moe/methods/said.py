@@ -63,7 +63,14 @@ def read_said(values: Mapping[str, gguf.GGUFValue]) -> Said | None:
             found = "missing" if value is None else f"{_text(value)} ({value.type.name})"
             problems.append(f"key {key} is {found}, expected {expected} ({kind.name}); make the file anew")
     damping = 0.0 if any(problem.startswith(f"key {DAMPING} ") for problem in problems) else values[DAMPING].value
-    return Said({key: values[key] for key in _GPTQ if key in values}, tuple(problems), damping)
+    return Said({key: _held(values[key]) for key in _GPTQ if key in values}, tuple(problems), damping)
+
+
+def _held(value: gguf.GGUFValue) -> gguf.GGUFValue:
+    """The value apart from the file that it was read from, which may change; but for long arrays, which are unsound."""
+    if value.type is not _Type.ARRAY or len(value.value) > 1:
+        return value
+    return gguf.GGUFValue(list(value.value), value.type, value.sub_type)
 
 
 def _text(value: gguf.GGUFValue) -> str:

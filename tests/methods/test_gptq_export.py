@@ -29,7 +29,7 @@ def ladder(run, merge: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ladder")
     result = run("export", merge, *LEVELS, *FEW, "-o", out)
     assert result.exit_code == 0, result.output
-    assert result.stderr.count(" on 2 windows of 512 tokens") == 2  # each is calibrated on its own layers
+    assert result.stderr.count(" on 2 windows of 512 tokens") == 1
     assert {path.name for path in out.iterdir()} == {*FILES, "manifest.json", "README.md", "SHA256SUMS"}
     return out
 
@@ -38,10 +38,13 @@ def digests(out: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.glob("*.gguf")}
 
 
-def test_each_level_is_what_convert_makes(ladder: Path, run, merge: Path, tmp_path: Path) -> None:
+def test_one_walk_serves_the_ladder_and_each_level_is_what_convert_makes(
+    ladder: Path, run, merge: Path, tmp_path: Path
+) -> None:
     for name, quant in zip(FILES, ("Q4_K_S", "Q5_K_S")):
         path = tmp_path / name
-        assert run("convert", merge, *LEVELS[4:], "--quant", quant, *FEW, "-o", path).exit_code == 0
+        asked = (*LEVELS[4:], "--quant", quant, *FEW, "--calib-original")
+        assert run("convert", merge, *asked, "-o", path).exit_code == 0
         assert path.read_bytes() == (ladder / name).read_bytes()
 
 
@@ -75,14 +78,13 @@ def test_the_second_run_has_nothing_to_do_and_another_text_makes_anew(ladder: Pa
     assert digests(ladder) == before
 
 
-def test_on_original_layers_one_walk_serves_the_ladder(run, merge: Path, tmp_path: Path) -> None:
-    result = run("export", merge, *LEVELS, *FEW, "--calib-original", "-o", tmp_path / "out")
+def test_on_quantized_layers_each_level_has_its_own_walk(run, merge: Path, tmp_path: Path) -> None:
+    result = run("export", merge, *LEVELS, *FEW, "--calib-quantized", "-o", tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert result.stderr.count(" on 2 windows of 512 tokens") == 1
+    assert result.stderr.count(" on 2 windows of 512 tokens") == 2
     assert result.stderr.count(": error feedback in ") == 2
     path = tmp_path / "one.gguf"
-    arguments = (*LEVELS[2:], *FEW, "--calib-original", "-o", path)
-    assert run("convert", merge, *arguments).exit_code == 0
+    assert run("convert", merge, *LEVELS[2:], *FEW, "-o", path).exit_code == 0
     assert path.read_bytes() == (tmp_path / "out" / FILES[1]).read_bytes()
 
 
