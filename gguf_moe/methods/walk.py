@@ -132,7 +132,7 @@ class Chooser:
             weights = self.model.weights.matrix(name, expert, rows=rows, dtype=torch.float32)
             if not weights.isfinite().all():
                 raise GgufMoeError(f"{slab.source.file}: tensor {slab.source.name} holds weights that are not finite")
-            usual = plain(weights, factor, kind, ways[0])
+            usual = plain(weights, factor, kind, slab.importance)
             if quant.first_nonfinite_scale(usual[0], kind) is not None:
                 raise GgufMoeError(f"{slab.source.file}: tensor {slab.source.name} has weights too large for {kind}")
             candidates = [feed_back(weights, factor, kind, ways), usual]
@@ -146,8 +146,8 @@ class Chooser:
 
 
 def _weighings(importance: np.ndarray | None, factor: Factor) -> list[np.ndarray | None]:
-    """The ways to weigh columns where scales are found, the plain encoder's first: by an importance matrix's row, if
-    there is one, and by what the factor knows; by their square roots; all alike; and as without importance."""
+    """The ways to weigh columns where scales are found: by an importance matrix's row, if there is one, and by what the
+    factor knows; by their square roots; all alike; and as without importance."""
     known = [way for way in (importance, *factor.importances()) if way is not None][:2]
     return [*known, *map(np.sqrt, known), np.ones_like(known[0]), None]
 
