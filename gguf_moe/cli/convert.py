@@ -12,6 +12,7 @@ import click
 from gguf_moe import report
 from gguf_moe.cli.options import (
     as_request,
+    dry_run_notes,
     find_target,
     is_gguf,
     method_options,
@@ -68,7 +69,7 @@ def convert(
     if method.text:  # by whose tokens an expert's codes are its own
         duplicates = replace(duplicates, twins={})
     if dry_run:
-        click.echo("\n".join([report.plan_text(plan), *duplicates.notes()]))
+        click.echo("\n".join([report.plan_text(plan), *duplicates.notes(), *dry_run_notes(method)]))
         click.echo(f"would be written to {report.target_text(plan, target)}")
         return
     started = time.monotonic()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from gguf_moe import report
 from gguf_moe.card import check_repo, write_card
 from gguf_moe.checkpoint import read_optional_json
-from gguf_moe.cli.options import as_request, method_options, open_model, request_options
+from gguf_moe.cli.options import as_request, dry_run_notes, method_options, open_model, request_options
 from gguf_moe.cli.progress import progress_bar, progress_of_method, warn
 from gguf_moe.cli.reports import check_ours, write_json
 from gguf_moe.cli.validate import evaluate, validation_lines
@@ -92,7 +92,7 @@ def export(
     method.check(plans)
     warn(dict.fromkeys(warning for plan in plans for warning in plan.warnings))
     if dry_run:
-        _print_levels(plans, output, threads, as_json)
+        _print_levels(plans, output, threads, as_json, dry_run_notes(method))
         return
     if text:
         _check_validation(model, output, plans[0], text, force)
@@ -226,7 +226,7 @@ def _finished_line(finished: Finished) -> str:
     )
 
 
-def _print_levels(plans: list[Plan], output: Path, threads: int | None, as_json: bool) -> None:
+def _print_levels(plans: list[Plan], output: Path, threads: int | None, as_json: bool, notes: list[str]) -> None:
     """The dry run: every level with its size and what it costs, and the disk that all need."""
     seconds = seconds_of_encoding(plans, threads)
     place = next(path for path in (output, *output.resolve().parents) if path.is_dir())
@@ -252,6 +252,6 @@ def _print_levels(plans: list[Plan], output: Path, threads: int | None, as_json:
         ("all", sum(len(plan.files) for plan in plans), needed, report.size_text(needed), "", f"{sum(seconds):.1f} s")
     )
     click.echo(report.table(rows, "<>>>>>"))
-    click.echo("encoding: about, beside what the levels above have encoded already")
+    click.echo("\n".join(["encoding: about, beside what the levels above have encoded already", *notes]))
     enough = "" if needed <= free else ", too little unless an earlier run left much of it there"
     click.echo(f"would be written to {output}: {report.size_text(needed)}, free are {report.size_text(free)}{enough}")

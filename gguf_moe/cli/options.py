@@ -14,7 +14,7 @@ from gguf_moe.checkpoint import Checkpoint, open_checkpoint
 from gguf_moe.errors import UsageError
 from gguf_moe.evaluation.engines import DTYPES, KEPT_WINDOWS
 from gguf_moe.gguf_source import GgufModel, open_gguf
-from gguf_moe.methods import METHODS, find_method
+from gguf_moe.methods import METHODS, Method, find_method
 from gguf_moe.methods import Settings as MethodSettings
 from gguf_moe.recipe_file import RecipeFile
 from gguf_moe.request import Request
@@ -134,6 +134,11 @@ def method_options(command: Callable, *, ladder: bool = False) -> Callable:
         return command(method=find_method(method_name, settings), **others)
 
     return with_method
+
+
+def dry_run_notes(method: Method) -> list[str]:
+    """What a dry run has to say of a method's own work, a line."""
+    return [f"codes would be chosen on {method.text} before, which takes far longer"] if method.text else []
 
 
 class Size(click.ParamType):

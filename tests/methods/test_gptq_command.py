@@ -42,7 +42,10 @@ def test_a_dry_run_is_quick_and_writes_nothing(run, tmp_path: Path, monkeypatch)
     tables = [[line for line in result.stdout.splitlines() if "blk." in line] for result in (plain, ours)]
     assert tables[0] == tables[1] != []
     assert ours.stdout.splitlines()[-1] == f"would be written to {tmp_path}/{MERGE.name}-Q3_K_M.gguf"
-    assert run("export", MERGE, "--quant", "Q2_K", "--dry-run", *FEW, "-o", tmp_path / "out").exit_code == 0
+    ladder = run("export", MERGE, "--quant", "Q2_K", "--dry-run", *FEW, "-o", tmp_path / "out")
+    assert ladder.exit_code == 0
+    for output, expected in ((plain.stdout, False), (ours.stdout, True), (ladder.stdout, True)):
+        assert (f"codes would be chosen on {CALIB} before, which takes far longer\n" in output) == expected
     assert list(tmp_path.iterdir()) == []
 
 
