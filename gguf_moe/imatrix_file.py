@@ -162,6 +162,8 @@ def _beside_earlier(imatrix: Imatrix, name: str, mean_square: float) -> tuple[fl
         return (math.nan,) * 5
     (mean, _, seen), (before, before_square, before_seen) = _means(entry), _means(other)
     both = seen & before_seen
+    if not both.any():
+        return (math.nan,) * 5
     a, b = mean[both[seen]], before[both[before_seen]]
     before_mean_square = before_square.mean() if before_square.size else 0.0
     gain = math.sqrt(mean_square / before_mean_square) if before_mean_square > 0 else math.nan

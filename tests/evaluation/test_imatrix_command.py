@@ -126,6 +126,7 @@ def test_what_stands_in_is_told_and_warned_of_no_more(run, tmp_path: Path) -> No
     assert set(notes) <= set(result.stderr.splitlines())
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
 def test_what_was_collected_outlives_a_remedy_that_cannot_be(run, tmp_path: Path) -> None:
     out, plain = tmp_path / "out.gguf", tmp_path / "plain.gguf"
     result = run("imatrix", MERGE, *FEW, "-o", out, "--min-tokens", 9999, "--cold-experts", "mean")
