@@ -23,7 +23,8 @@ _STACK = re.compile(r"blk\.\d+\.ffn_(gate|down|up|gate_up)_exps\.weight")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _General, _Tokenizer, _LLM = gguf.Keys.General, gguf.Keys.Tokenizer, gguf.Keys.LLM
 _Type = gguf.GGUFValueType
-_OF_CODES = ("gguf_moe.method", "gguf_moe.gptq.")  # keys of the methods, see there
+# What `methods` says of the choice of codes, but for the text that they were fitted to, as their decoded weights are.
+_OF_CODES = ("gguf_moe.method", *(f"gguf_moe.gptq.{name}" for name in ("chunks", "damping", "calibrated_on")))
 
 Keys = Mapping[str, gguf.GGUFValue]
 
@@ -39,11 +40,11 @@ def converted_keys(keys: Keys, file_type: FileType, by_quantizer: bool) -> dict[
         _General.QUANTIZATION_VERSION: gguf.GGUFValue(gguf.GGML_QUANT_VERSION, _Type.UINT32),
         _General.FILE_TYPE: gguf.GGUFValue(file_type.id, _Type.UINT32),
     }
+    if file_type.default != KEPT:
+        keys = {key: value for key, value in keys.items() if key not in _OF_CODES}
     if not by_quantizer:
         return {**keys, **anew}
-    dropped = _OF_CODES if file_type.default != KEPT else ()
-    kept = {key: value for key, value in keys.items() if key not in anew and not key.startswith(dropped)}
-    return {key: cut_at_nul(value) for key, value in kept.items()} | anew
+    return {key: cut_at_nul(value) for key, value in keys.items() if key not in anew} | anew
 
 
 def with_asked(

@@ -108,6 +108,9 @@ def export(
             progress_bar() as show_progress,
         ):
             chosen = {plan.default_name: plan for plan in made}
+            for plan in unfinished(plans, output, force=force):
+                if plan.default_name not in chosen:  # its codes would be ggml's, whatever its keys say
+                    raise GgufMoeError(f"{output / plan.default_name}: changed while codes were chosen; run again")
             manifest = run_plans(
                 [chosen.get(plan.default_name, plan) for plan in plans],
                 output,

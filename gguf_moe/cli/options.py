@@ -107,7 +107,9 @@ def method_options(command: Callable, *, ladder: bool = False) -> Callable:
         help="How codes are chosen: as ggml does, or with error feedback on a text.",
     )
     @click.option("--calib", type=click.Path(path_type=Path), metavar="TEXT", help="What gptq calibrates on.")
-    @click.option("--calib-chunks", type=click.IntRange(1), metavar="N", help="The first N windows of it only.")
+    @click.option(
+        "--calib-chunks", type=click.IntRange(1, 2**32 - 1), metavar="N", help="The first N windows of it only."
+    )
     @click.option(
         "--calib-original/--calib-quantized",
         default=None,
@@ -115,7 +117,7 @@ def method_options(command: Callable, *, ladder: bool = False) -> Callable:
         "are quantized by then, the default of convert.",
     )
     @click.option("--damping", type=float, metavar="X", help="Of gptq: above 0, to 1; 0.01 by default.")
-    @click.option("--device", help="Torch's, for gptq: cpu, cuda, cuda:1, mps.")
+    @click.option("--device", help="Torch's, for gptq: cpu, cuda, cuda:1.")
     @click.option("--memory", type=Size(), metavar="N[K|M|G]", help="Bytes that gptq may take; most of what is free.")
     @wraps(command)
     def with_method(
@@ -138,7 +140,8 @@ def method_options(command: Callable, *, ladder: bool = False) -> Callable:
 
 def dry_run_notes(method: Method) -> list[str]:
     """What a dry run has to say of a method's own work, a line."""
-    return [f"codes would be chosen on {method.text} before, which takes far longer"] if method.text else []
+    note = f"codes would be chosen on {method.text} before, which takes far longer, and room for them twice"
+    return [note] if method.text else []
 
 
 class Size(click.ParamType):

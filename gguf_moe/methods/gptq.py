@@ -14,11 +14,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import gguf
+import numpy as np
 
 from gguf_moe import __version__
 from gguf_moe.errors import GgufMoeError, UsageError
+from gguf_moe.evaluation.engines import Engine
 from gguf_moe.evaluation.engines import Settings as EngineSettings
 from gguf_moe.evaluation.events import MemoryPlan, Notice, Started
 from gguf_moe.evaluation.forward import Model
@@ -35,6 +38,7 @@ from gguf_moe.plan import Plan
 from gguf_moe.report import size_text
 
 CONTEXT = 512  # tokens of a window
+LISTED = 5  # matrices that a summary names
 _UNBOUNDED = 1 << 62  # bytes
 
 
@@ -44,8 +48,10 @@ class Method:
     def __init__(self, settings: Settings) -> None:
         if settings.text is None:
             raise UsageError("--method gptq needs --calib, a text")
-        if not 0 < settings.damping <= 1:  # not so of what is no number
+        if not 0 < np.float32(settings.damping) <= 1:  # as a file has it; not so of what is no number
             raise UsageError(f"--damping {settings.damping:g}: expected a number above 0, of 1 at most")
+        if settings.device.partition(":")[0] == "mps":
+            raise UsageError(f"--device {settings.device}: has no 64-bit numbers, which gptq needs; take cpu or cuda")
         self.settings, self.text = settings, settings.text
         # Hidden states of layers as they were serve all levels of a ladder.
         self.original = settings.ladder if settings.original is None else settings.original
@@ -81,7 +87,11 @@ class Method:
         self, plans: Sequence[Plan], targets: Sequence[Path], on_event: Callable[[Event], None]
     ) -> Iterator[list[Plan]]:
         with ExitStack() as stack:
-            stores = [self._store(plan, target, stack, on_event) for plan, target in zip(plans, targets)]
+            stores = [self._store(plan, target) for plan, target in zip(plans, targets)]
+            if not all(store.is_whole() for store in stores):
+                self._loaded(stores)  # what cannot be is refused before an earlier run's layers are given up
+            for text in (text for store in stores for text in store.open(stack)):
+                on_event(Notice(text))
             try:
                 _check_space(stores)
                 self._choose(stores, on_event)
@@ -108,7 +118,7 @@ class Method:
         for store in stores:
             on_event(Summary(_summary(store, self.settings.damping)))
 
-    def _store(self, plan: Plan, target: Path, stack: ExitStack, on_event: Callable[[Event], None]) -> Store:
+    def _store(self, plan: Plan, target: Path) -> Store:
         settings = {key.rpartition(".")[2]: item.value for key, item in self.keys().items() if key != CALIBRATION}
         identity = {
             "gguf-moe": __version__,
@@ -119,10 +129,7 @@ class Method:
             "inputs": {path.name: _state(path) for path in plan.inputs},
             "recipe": hashlib.sha256(b"".join(file.header for file in plan.files)).hexdigest(),
         }
-        store = Store(_directory(target), plan, identity)
-        for text in store.open(stack):
-            on_event(Notice(text))
-        return store
+        return Store(_directory(target), plan, identity)
 
     def _run(self, stores: Sequence[Store], count: Callable[[str], None], on_event: Callable[[Event], None]) -> None:
         """Choose the codes of files that are calibrated on the same hidden states."""
@@ -131,22 +138,28 @@ class Method:
                 count(note["tensor"])
         if all(store.is_done(layer) for store in stores for layer in store.layers):
             return
+        base = _base(stores[0].plan)
+        for warning in context_warnings(base, CONTEXT):
+            on_event(Notice(warning))
+        engine, model, windows, memory, spilled = self._loaded(stores)
+        now = model if self.original else engine.model(replace(base, tensors=dict(base.tensors)))
+        if spilled:
+            _check_space(stores, max(squares(stores, in_files=True)))
+        on_event(Started(*windows.shape, 0, memory.sweep, memory))
+        walk(model, now, windows, Chooser(model, stores, self.settings.damping, spilled, count))
+        if source_identity(base) != stores[0].identity["source"]:
+            raise GgufMoeError(f"{base.path}: changed while codes were chosen; run again when it is whole")
+
+    def _loaded(self, stores: Sequence[Store]) -> tuple[Engine, Model, np.ndarray, MemoryPlan, bool]:
+        """Engine, model, the text's windows; and what `_memory` says. Raises UsageError and GgufMoeError where the
+        model cannot be run so, or on this text."""
         base, settings = _base(stores[0].plan), self.settings
         asked = EngineSettings(CONTEXT, settings.chunks, device=settings.device, memory=settings.memory)
         engine, read = read_windows(base, self.text, asked)
         if read.sha256 != self.digest:
             raise GgufMoeError(f"{self.text}: changed while it was read; run again")
-        for warning in context_warnings(base, CONTEXT):
-            on_event(Notice(warning))
         model = engine.model(base)
-        now = model if self.original else engine.model(replace(base, tensors=dict(base.tensors)))
-        memory, spilled = self._memory(model, stores, len(read.windows))
-        if spilled:
-            _check_space(stores, max(squares(stores, in_files=True)))
-        on_event(Started(*read.windows.shape, 0, memory.sweep, memory))
-        walk(model, now, read.windows, Chooser(model, stores, settings.damping, spilled, count))
-        if source_identity(base) != stores[0].identity["source"]:
-            raise GgufMoeError(f"{base.path}: changed while codes were chosen; run again when it is whole")
+        return engine, model, read.windows, *self._memory(model, stores, len(read.windows))
 
     def _memory(self, model: Model, stores: Sequence[Store], chunks: int) -> tuple[MemoryPlan, bool]:
         """What it takes, and whether large moments have to lie in files. Raises UsageError where that is too much."""
@@ -190,7 +203,8 @@ def _check_space(stores: Sequence[Store], moments: int = 0) -> None:
     bytes of moments that are in files."""
     for directory in {store.directory.parent for store in stores}:
         here = [store for store in stores if store.directory.parent == directory]
-        needed = moments + sum(store.missing_bytes() + store.plan.size for store in here)
+        missing = [(store.missing_bytes(), store.plan.size) for store in here]
+        needed = moments + sum(codes + size for codes, size in missing if codes)  # else the file may be there in part
         if needed > (free := shutil.disk_usage(directory).free):
             raise GgufMoeError(f"{directory}: needs {needed} bytes while codes are chosen, but only {free} are free")
 
@@ -207,5 +221,10 @@ def _summary(store: Store, damping: float) -> str:
     )
     text = f"{store.plan.default_name}: error feedback in {100 * fed_back / rows:.1f} % of the rows of {len(notes)} "
     text += f"matrices, {100 * loss / (plain_loss or 1):.1f} % of the plain encoder's error"
-    damped = [f"{note['tensor']} {note['expert'] or 0}" for note in notes if note["damping"] > damping]
-    return text + (f"; more damping than {damping:g} in {', '.join(damped)}" if damped else "")
+    damped = [_matrix(note) for note in notes if note["damping"] > damping]
+    more = f" and {len(damped) - LISTED} more" if len(damped) > LISTED else ""
+    return text + (f"; more damping than {damping:g} in {', '.join(damped[:LISTED])}{more}" if damped else "")
+
+
+def _matrix(note: dict[str, Any]) -> str:
+    return note["tensor"] if note["expert"] is None else f"{note['tensor']} expert {note['expert']}"

@@ -104,7 +104,7 @@ class Moments:
         """Their factor, which takes their place. Where they are not positive definite as they are rounded, the damping
         grows tenfold until they are; without any token they are the unit matrix."""
         square = self.square
-        if self.path is None and len(square.values) <= PRECISE:
+        if len(square.values) <= PRECISE:
             square = Square(0, torch.float64, square.values.device)
             square.values = self.square.values.double()
         diagonal = self.square.values.diagonal().clone()

@@ -92,6 +92,10 @@ class Store:
                 said += self._take_up(layer)
         return said
 
+    def is_whole(self) -> bool:
+        """Whether an earlier run of the same has left all layers."""
+        return self._difference() is None and self.kept() == len(self.layers)
+
     def _difference(self) -> str | None:
         """The first thing in which the earlier run's identity is another; "" where there was none."""
         path = self.directory / "identity.json"
@@ -110,7 +114,7 @@ class Store:
             noted = read_json(path.with_suffix(".json"))
         except GgufMoeError:
             noted = {}
-        if noted.get("sha256") == _digest(path):
+        if noted.get("sha256") == _digest(path) and "matrices" in noted:
             self.done[layer] = noted["matrices"]
             return []
         path.unlink()
@@ -245,11 +249,15 @@ class LayerFile:
         except OSError as error:
             raise GgufMoeError(f"{self.partial}: not written: {error}; run again to go on") from None
 
-    def write(self, name: str, expert: int | None, data: np.ndarray, note: dict[str, Any]) -> None:
-        """Put the blocks of a matrix, uint8 [rows, row bytes], into their place; note: what is to be said of it."""
+    def write(self, name: str, expert: int | None, row: int, data: np.ndarray) -> None:
+        """Put blocks of a matrix, uint8 [rows, row bytes] from that row on, into their place."""
+        before = (expert or 0) * self.store.tensors[name].mapped.slabs[0].rows + row
         with self._told():
-            self.file.seek(self.offsets[name] + (expert or 0) * data.nbytes)
+            self.file.seek(self.offsets[name] + before * data.shape[1])
             self.file.write(data.data)
+
+    def note(self, name: str, expert: int | None, note: dict[str, Any]) -> None:
+        """A matrix is whole; what is to be said of it."""
         self.notes.append({"tensor": name, "expert": expert, **note})
 
     def finish(self) -> None:

@@ -31,12 +31,18 @@ WAYS = 6  # to weigh columns
 BAND_WEIGHTS = 1 << 26  # of a matrix that are quantized at once: rows are independent
 
 
+def shown(tokens: int) -> slice:
+    """Those of a text's tokens that every expert is shown: in an odd stride, or they would stand at few places of the
+    windows, and of many windows all at the first."""
+    return slice(0, None, max(1, tokens // SHOWN) | 1)
+
+
 def walk(model: Model, now: Model, windows: np.ndarray, chooser: Chooser) -> None:
     """Run the layers as they were, choosing codes, and as they are `now`, whose tensors follow."""
     with torch.inference_mode():
         give_back_memory()
         hidden, rotation = now.embed(windows), now.rotation(windows.shape[1])
-        chooser.shown = slice(0, None, max(1, windows.size // SHOWN))
+        chooser.shown = shown(windows.size)
         for layer in range(model.hyper.facts.layers):
             done = chooser.is_done(layer)
             if not done:
@@ -101,10 +107,9 @@ class Chooser:
             self.owner = owner
         if (wanted, expert) not in self.pending:
             columns = x.shape[1]
-            path = (
-                self.stores[0].directory / f"{len(self.pending)}.moments" if self.spilled and columns > PANEL else None
-            )
-            self.pending[wanted, expert] = Moments(columns, x.device, path)
+            path = self.stores[0].directory / f"{len(self.pending)}.moments"
+            in_file = self.spilled and columns > PRECISE
+            self.pending[wanted, expert] = Moments(columns, x.device, path if in_file else None)
         weight = 1.0 if own else PRIOR * x.shape[1] / self.shown_tokens
         self.pending[wanted, expert].add(x, weight)
 
@@ -125,23 +130,24 @@ class Chooser:
         tensor = store.tensors[name]
         slab, kind = tensor.mapped.slabs[expert or 0], tensor.info.type
         ways = _weighings(slab.importance, factor)
-        blocks, losses, fed_back = [], np.zeros(2), 0
+        losses, fed_back = np.zeros(2), 0
         band = max(1, BAND_WEIGHTS // slab.source.columns)
         for start in range(0, slab.rows, band):
             rows = range(start, min(start + band, slab.rows))
             weights = self.model.weights.matrix(name, expert, rows=rows, dtype=torch.float32)
+            where = f"{slab.source.file}: tensor {slab.source.name}"
             if not weights.isfinite().all():
-                raise GgufMoeError(f"{slab.source.file}: tensor {slab.source.name} holds weights that are not finite")
+                raise GgufMoeError(f"{where} holds weights that are not finite; mend the checkpoint")
             usual = plain(weights, factor, kind, slab.importance)
             if quant.first_nonfinite_scale(usual[0], kind) is not None:
-                raise GgufMoeError(f"{slab.source.file}: tensor {slab.source.name} has weights too large for {kind}")
+                raise GgufMoeError(f"{where} has weights too large for {kind}; choose BF16 or F32 for it")
             candidates = [feed_back(weights, factor, kind, ways), usual]
             data, chosen = best_rows(candidates, kind)
-            blocks.append(data)
+            file.write(name, expert, start, data)
             losses += np.stack([loss for _, loss in candidates])[chosen, np.arange(len(chosen))].sum(), usual[1].sum()
             fed_back += int((chosen == 0).sum())
         note = {"loss": losses[0], "plain_loss": losses[1], "rows": slab.rows, "fed_back": fed_back}
-        file.write(name, expert, np.concatenate(blocks), {**note, "damping": factor.damping})
+        file.note(name, expert, {**note, "damping": factor.damping})
         self.count(name if expert is None else f"{name} expert {expert}")
 
 
@@ -169,7 +175,7 @@ def _inputs(stores: Sequence[Store]) -> list[set[tuple[int, str]]]:
 
 def squares(stores: Sequence[Store], *, in_files: bool) -> list[int]:
     """Bytes of the moments that exist together, by owner: of those that lie in files where any do, or of the others."""
-    return [sum(4 * n * n for n, _ in inputs if (n > PANEL) == in_files) for inputs in _inputs(stores)]
+    return [sum(4 * n * n for n, _ in inputs if (n > PRECISE) == in_files) for inputs in _inputs(stores)]
 
 
 def working_bytes(stores: Sequence[Store], spilled: bool, device: torch.device) -> int:
@@ -179,7 +185,7 @@ def working_bytes(stores: Sequence[Store], spilled: bool, device: torch.device) 
     weights = max(COPIES * 4 * rows * columns + group_bytes(rows, WAYS, device) for rows, columns in sizes)
     small, large = (squares(stores, in_files=in_files) for in_files in (False, True))
     return max(
-        part + (0 if spilled else rest) + max(_choosing_bytes(n, spilled and n > PANEL, weights) for n, _ in inputs)
+        part + (0 if spilled else rest) + max(_choosing_bytes(n, spilled and n > PRECISE, weights) for n, _ in inputs)
         for part, rest, inputs in zip(small, large, _inputs(stores))
     )
 
@@ -187,7 +193,7 @@ def working_bytes(stores: Sequence[Store], spilled: bool, device: torch.device) 
 def _choosing_bytes(n: int, in_file: bool, weights: int) -> int:
     """Bytes beside moments of n columns: their factor, if it is a matrix of its own, with what is larger, the panels
     while it is made or those while it is used and copies of weights. What is mapped of a file counts as it is read."""
-    precise = n <= PRECISE and not in_file
+    precise = n <= PRECISE
     panel = (8 if precise else 4) * n * min(n, PANEL)
     own = 8 * n * n if precise else 0
     return own + max((10 if in_file else 6) * panel, 2 * panel + weights)

@@ -6,12 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import sys
 from pathlib import Path
 
 import architectures
 import gguf
 import numpy as np
+import oracle
 import pytest
 import torch
 from checkpoints import MERGE, bundled, with_experts
@@ -22,9 +22,8 @@ from gguf_moe.evaluation.forward import load_model
 from gguf_moe.evaluation.source import open_model
 from gguf_moe.evaluation.text import read_text, read_tokenizer
 from gguf_moe.gguf_keys import ModelKeys
-
-sys.path.append(str(Path(__file__).parent.parent / "quant"))
-import oracle
+from gguf_moe.methods.gptq import CONTEXT
+from gguf_moe.methods.walk import shown
 
 SMALL = ("--output-tensor-type", "F16")  # the largest matrix of small models
 MATRIX = re.compile(r"blk\.\d+\.(attn_(q|k|v|output)|ffn_(gate|up|down)(_exps|_shexp)?)\.weight|output\.weight")
@@ -37,6 +36,14 @@ def ours(run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.exit_code == 0, result.output
     assert [file.name for file in path.parent.iterdir()] == [path.name]
     return path
+
+
+@pytest.mark.parametrize("windows", [79, 128, 256, 1024, 2048, 4095])
+def test_shown_tokens_stand_at_all_places_of_windows(windows: int) -> None:
+    tokens = range(windows * CONTEXT)[shown(windows * CONTEXT)]
+    assert 1900 < len(tokens) < 2200
+    counts = np.bincount(np.array(tokens) % CONTEXT, minlength=CONTEXT)
+    assert counts.max() <= 6
 
 
 def test_only_codes_and_keys_differ_from_the_plain_file(ours: Path, made) -> None:

@@ -12,6 +12,7 @@ from gptq_runs import CALIB, EVAL, FEW, one_layer, values
 
 from gguf_moe.card_body import making_section
 from gguf_moe.manifest import ExportedFile, Level, Manifest
+from gguf_moe.methods.gptq import Method
 from gguf_moe.methods.store import LayerFile
 
 LEVELS = ("--quant", "Q4_K_S", "--quant", "Q5_K_S", "--output-tensor-type", "Q8_0", "--name", "one")
@@ -86,6 +87,23 @@ def test_on_quantized_layers_each_level_has_its_own_walk(run, merge: Path, tmp_p
     path = tmp_path / "one.gguf"
     assert run("convert", merge, *LEVELS[2:], *FEW, "-o", path).exit_code == 0
     assert path.read_bytes() == (tmp_path / "out" / FILES[1]).read_bytes()
+
+
+def test_a_level_that_goes_meanwhile_is_not_made_without_the_method(
+    run, merge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choose = Method._choose
+
+    def lose(method: Method, *arguments: object) -> None:
+        choose(method, *arguments)
+        (tmp_path / FILES[0]).unlink()
+
+    assert run("export", merge, *LEVELS[:2], *LEVELS[4:], *FEW, "-o", tmp_path).exit_code == 0
+    monkeypatch.setattr(Method, "_choose", lose)
+    result = run("export", merge, *LEVELS, *FEW, "-o", tmp_path)
+    said = f"{tmp_path / FILES[0]}: changed while codes were chosen; run again\n"
+    assert (result.exit_code, said in result.stderr) == (1, True)
+    assert not list(tmp_path.glob("*.gguf"))
 
 
 def test_an_interrupted_ladder_is_taken_up(ladder: Path, run, merge: Path, tmp_path: Path, monkeypatch) -> None:

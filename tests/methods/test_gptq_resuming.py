@@ -71,6 +71,28 @@ def layers_of(target: Path) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--device", "cdua"), "--device cdua: "),
+        (("--memory", "1M", "--damping", 0.1), "--memory: "),
+        (("--calib", "short.txt"), "short.txt: 3 tokens, expected 1024 at least"),
+    ],
+)
+def test_a_call_that_is_refused_costs_no_layer(
+    more: tuple, message: str, run, merge: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("hi\n")
+    target = tmp_path / "x.gguf"
+    stopped_behind(run, monkeypatch, merge, target, 1)
+    before = layers_of(target)
+    result = run("convert", merge, *ASKED, *FEW, *more, "-o", target)
+    assert result.exit_code != 0
+    assert message in result.stderr
+    assert layers_of(target) == before != {}
+
+
+@pytest.mark.parametrize(
     ("number", "there"),
     [(signal.SIGKILL, "1.partial"), (signal.SIGTERM, "0.layer"), (signal.SIGINT, "1.partial")],
     ids=["kill within a layer", "SIGTERM behind one", "Ctrl-C within one"],

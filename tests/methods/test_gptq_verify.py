@@ -22,6 +22,7 @@ from gptq_runs import DERIVED, GPTQ, LEVELS, NEAR, UNPROVEN
 from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.gguf_reader import GgufFile, read_gguf
 from gguf_moe.gguf_source import open_gguf
+from gguf_moe.methods.said import KEYS as SAID
 from gguf_moe.origin import Origin
 from gguf_moe.request import Request
 from gguf_moe.verify import verify
@@ -126,9 +127,8 @@ def test_copies_derive_from_such_a_file_bit_for_bit(run, level, tmp_path: Path) 
     source, path = level("Q8_0"), tmp_path / "x.gguf"
     for options in ((), ("--bits", 4, "--allow-requantize")):
         assert run("convert", source, "-o", path, "--force", *options).exit_code == 0
-        assert any(key.startswith(("gguf_moe.method", "gguf_moe.gptq")) for key in read_gguf(path).keys) != bool(
-            options
-        )
+        said = {key for key in read_gguf(path).keys if key.startswith("gguf_moe.")}
+        assert said == ({"gguf_moe.gptq.text_sha256"} if options else set(SAID))
         verdict = verify(path, origin=Origin(open_gguf(source), Request(allow_requantize=bool(options))))
         assert (verdict.problems, verdict.proven[-1]) == ([], f"derives from {source} bit for bit")
     shutil.copy(level("Q2_K"), path)

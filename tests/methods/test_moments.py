@@ -222,11 +222,11 @@ def test_damping_grows_to_a_limit(make: Make, lowest: float, damping: float | No
         check(factor, h)
 
 
-def test_a_factor_is_float64_in_memory_and_else_takes_the_place_of_its_moments(
+def test_a_factor_is_float64_up_to_a_width_and_else_takes_the_place_of_its_moments(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(moments, "PRECISE", 70)
-    for columns, path, precise in [(70, None, True), (71, None, False), (70, tmp_path / "moments", False)]:
+    for columns, path, precise in [(70, None, True), (71, None, False), (71, tmp_path / "moments", False)]:
         held = Moments(columns, CPU, path)
         held.add(torch.from_numpy(correlated(9, columns)))
         factor = held.factor(0.01)

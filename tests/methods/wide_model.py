@@ -16,7 +16,7 @@ from checkpoints import DATA, MERGE, Parts
 
 from gguf_moe.checkpoint import open_checkpoint
 from gguf_moe.evaluation.events import Started
-from gguf_moe.methods import Settings
+from gguf_moe.methods import Settings, moments, walk
 from gguf_moe.methods.gptq import Method
 from gguf_moe.plan import make_plan
 from gguf_moe.recipe import find_file_type
@@ -49,6 +49,7 @@ def write(directory: Path, width: int) -> Path:
 
 
 def main() -> None:
+    moments.PRECISE = walk.PRECISE = 2048  # wider moments may lie in files
     directory, (width, more) = Path(sys.argv[1]), map(int, sys.argv[2:])
     rules = parse_rules((), "F16", "F16", None, True, False)
     merge = write(directory / "merge", width)
