@@ -17,6 +17,7 @@ from gptq_runs import CALIB, EVAL, FEW, kept, one_layer
 from gguf_moe.methods import gptq
 from gguf_moe.methods.store import LOCK, LayerFile
 
+pytestmark = pytest.mark.long
 ASKED = ("--quant", "Q4_K_S", "--output-tensor-type", "Q4_0")
 
 
